@@ -1,0 +1,1 @@
+"""Text in, arrays out: tasks, features, batches. Knows no training."""

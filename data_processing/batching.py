@@ -1,0 +1,141 @@
+"""Which examples go together, and how they are padded.
+
+A plan is a pure function of (seed, epoch): every process of a run computes the same one and takes
+its own part of each step, so nothing needs to be communicated, not even a loss's denominators.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_processing.features import Features
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Totals(NamedTuple):
+    """What the losses of one optimizer step are divided by, over all processes and micro-batches.
+
+    examples: in the step. tokens: Σ of the examples' lengths. pairs: Σ of their squares, the
+    (query, key) pairs of one attention head. Padding to the maximum counts padding too.
+    """
+
+    examples: int
+    tokens: int
+    pairs: int
+
+
+class Step(NamedTuple):
+    """One optimizer step: this process's micro-batches, as example numbers, and the whole step's totals."""
+
+    micro_batches: list[np.ndarray]
+    totals: Totals
+
+
+class Batch(NamedTuple):
+    """Examples padded to one length.
+
+    input_ids, token_type_ids, attention_mask: [batch, length]. labels: [batch].
+    """
+
+    input_ids: Tensor
+    token_type_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+
+@dataclass(frozen=True)
+class Padding:
+    """How batches are padded: to their longest example, or (`to_maximum`) all to max_seq_length."""
+
+    to_maximum: bool
+    max_seq_length: int
+    pad_token_id: int = 0
+
+    def totals(self, lengths: np.ndarray) -> Totals:
+        """The totals of a step whose examples have these lengths."""
+        lengths = np.full_like(lengths, self.max_seq_length) if self.to_maximum else lengths
+        return Totals(len(lengths), int(lengths.sum()), int((lengths**2).sum()))
+
+    def collate(self, features: Features, examples: np.ndarray) -> Batch:
+        """Pads the examples of these numbers into a batch."""
+        lengths = features.lengths[examples]
+        width = self.max_seq_length if self.to_maximum else int(lengths.max(initial=1))
+        columns = np.arange(width)
+        real = columns < lengths[:, None]
+        ids = np.full((len(examples), width), self.pad_token_id, dtype=np.int64)
+        ids[real] = features.tokens[(features.offsets[examples][:, None] + columns)[real]]
+        second = real & (columns >= features.first_lengths[examples][:, None])
+        return Batch(
+            torch.from_numpy(ids),
+            torch.from_numpy(second.astype(np.int64)),
+            torch.from_numpy(real.astype(np.int64)),
+            torch.from_numpy(features.labels[examples]),
+        )
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """The order in which a training set is learned.
+
+    Each epoch is a new shuffle of all examples, cut into steps of `batch_size`; the last step of an
+    epoch takes what is left. Each step is cut into `accumulation` micro-batches for each of
+    `world_size` processes, as even as can be; some may be empty.
+    """
+
+    lengths: np.ndarray
+    batch_size: int
+    padding: Padding
+    seed: int
+    accumulation: int = 1
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one epoch."""
+        return math.ceil(len(self.lengths) / self.batch_size)
+
+    def epoch(self, number: int) -> Iterator[Step]:
+        """The steps of an epoch, counted from 0."""
+        order = np.random.default_rng([self.seed, number]).permutation(len(self.lengths))
+        for start in range(0, len(order), self.batch_size):
+            examples = order[start : start + self.batch_size]
+            parts = np.array_split(examples, self.accumulation * self.world_size)
+            yield Step(parts[self.rank :: self.world_size], self.padding.totals(self.lengths[examples]))
+
+
+def prepared(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
+    """map(function, items), in order, worked out up to two items a worker ahead in `workers` threads.
+
+    With no workers it is worked out when asked for.
+    """
+    if workers == 0:
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(workers, thread_name_prefix="batches") as pool:
+        ahead: deque[Future[Result]] = deque()
+        try:
+            for item in items:
+                ahead.append(pool.submit(function, item))
+                if len(ahead) > 2 * workers:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()

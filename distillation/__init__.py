@@ -1,0 +1,1 @@
+"""How a student is taught: options, losses, teacher, the training loop, evaluation, logs."""

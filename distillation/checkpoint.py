@@ -1,0 +1,58 @@
+"""A model's folder: checked before a run, written so that a kill leaves a whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from transformer.configuration import BertConfig
+from transformer.errors import UserError
+from transformer.file_utils import write_weights
+from transformer.tokenization import BertTokenizer
+
+
+def check_output_dir(output_dir: Path, overwrite: bool, sources: tuple[Path | None, ...]) -> None:
+    """Checks, and makes nothing, that a model may be written there.
+
+    Raises:
+        UserError: it is a file, holds something already, or is a folder that the run reads from.
+    """
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"{output_dir}: is a file, --output_dir needs a folder")
+    for source in sources:
+        if source is not None and source.exists() and source.resolve() == output_dir.resolve():
+            raise UserError(f"{output_dir}: --output_dir is a folder that this run reads from; give another one")
+    if not overwrite and output_dir.is_dir() and any(output_dir.iterdir()):
+        raise UserError(
+            f"{output_dir}: --output_dir is not empty; give another folder, or --overwrite_output_dir "
+            "(with the scripts: OVERWRITE_OUTPUT_DIR=1) to replace the model in it"
+        )
+
+
+def make_folder(folder: Path, flag: str) -> None:
+    """Makes a folder and its parents where they are missing.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: the folder of {flag} cannot be made ({error.strerror})") from None
+
+
+def save_model(folder: Path, config: BertConfig, weights: Mapping[str, Tensor], tokenizer: BertTokenizer) -> None:
+    """Writes vocab.txt, config.json and pytorch_model.bin; each replaces its older one in one moment.
+
+    Raises:
+        UserError: a file cannot be written; the older ones are whole.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizer.save_vocabulary(folder)
+        config.save_pretrained(folder)
+        write_weights(folder, weights)
+    except OSError as error:
+        raise UserError(f"{folder}: the model cannot be saved ({error.strerror or error})") from None

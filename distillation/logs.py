@@ -1,0 +1,180 @@
+"""What a run tells: lines on the screen, progress with time left, and the files in output/.
+
+For a run named train_full_1p_1 these are `train_full_1p_1.txt` (a line of FPS and accuracy each
+--output_txt_step steps), `metrics.jsonl` (the same and more, for programs) and
+`debug_layer_loss.log` (every message). All are appended to, and made when first written.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from distillation.checkpoint import make_folder
+from distillation.device import Process, synchronize
+
+logger = logging.getLogger(__name__)
+
+
+def show_messages() -> None:
+    """Lets this project's messages appear on standard output, one plain line each."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+
+
+def text_line(label: str, epoch: int, step: int, fps: float, acc: float | None = None) -> str:
+    """A line of the fps log: `[NPU:0]  epoch 0 step99 FPS94.54 acc0.9085`, the last only where it is known."""
+    line = f"[{label}]  epoch {epoch} step{step} FPS{fps:.2f} "
+    return line if acc is None else f"{line}acc{acc:.4f}"
+
+
+class RunLog:
+    """The files of one run. Only the main process writes; elsewhere every call does nothing."""
+
+    def __init__(self, folder: Path, name: str, process: Process) -> None:
+        self._label = process.label
+        self._name = name
+        self._files: list[TextIO] = []
+        self._handler: logging.Handler | None = None
+        if process.is_main:
+            make_folder(folder, "--fps_acc_dir")
+            self._text = (folder / f"{name}.txt").open("a", encoding="utf-8")
+            self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+            self._files = [self._text, self._metrics]
+            self._handler = logging.FileHandler(folder / "debug_layer_loss.log", encoding="utf-8")
+            self._handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+            logging.getLogger().addHandler(self._handler)
+
+    def line(self, epoch: int, step: int, fps: float, acc: float | None = None) -> None:
+        """Adds a line to the fps log."""
+        if self._files:
+            print(text_line(self._label, epoch, step, fps, acc), file=self._text, flush=True)
+
+    def record(self, event: str, **values: Any) -> None:
+        """Adds an object to metrics.jsonl; numbers that JSON has no word for become null."""
+        if self._files:
+            entry = {"time": round(time.time(), 3), "run": self._name, "event": event, **values}
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
+            print(json.dumps(finite), file=self._metrics, flush=True)
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._handler is not None:
+            logging.getLogger().removeHandler(self._handler)
+            self._handler.close()
+        for file in self._files:
+            file.close()
+
+
+class FpsMeter:
+    """Examples trained by all processes per second of wall time, loading of data included.
+
+    Evaluation and saving are paused for, and their seconds kept apart. The first steps are left out:
+    they warm caches and allocators.
+    """
+
+    def __init__(self, process: Process, total_steps: int) -> None:
+        self._device = process.device
+        self._skipped = min(10, total_steps // 10)
+        self._steps = 0
+        self._examples = 0
+        self._seconds = 0.0
+        self._since = self._now()
+        self.paused: dict[str, float] = {}
+
+    def _now(self) -> float:
+        synchronize(self._device)
+        return time.perf_counter()
+
+    def count(self, examples: int) -> None:
+        """A step is done that trained this many examples, over all processes."""
+        self._steps += 1
+        if self._steps > self._skipped:
+            self._examples += examples
+        elif self._steps == self._skipped:
+            self._seconds, self._since = 0.0, self._now()
+
+    def fps(self) -> float:
+        """Examples per second so far; 0 before the first step that counts."""
+        if not self._examples:
+            return 0.0
+        return self._examples / (self._seconds + self._now() - self._since)
+
+    def pause(self, reason: str) -> _Pause:
+        """A context whose time is counted for `reason` and not as training."""
+        return _Pause(self, reason)
+
+
+class _Pause:
+    def __init__(self, meter: FpsMeter, reason: str) -> None:
+        self._meter, self._reason = meter, reason
+
+    def __enter__(self) -> None:
+        meter = self._meter
+        self._begin = meter._now()
+        meter._seconds += self._begin - meter._since
+
+    def __exit__(self, *_: object) -> None:
+        meter = self._meter
+        meter._since = meter._now()
+        meter.paused[self._reason] = meter.paused.get(self._reason, 0.0) + meter._since - self._begin
+
+
+class Progress:
+    """Steps done and time left: a bar on a terminal, elsewhere a line every ten seconds."""
+
+    def __init__(self, title: str, total: int, enabled: bool = True, every: float = 10.0) -> None:
+        self._title, self._total, self._every = title, total, every
+        self._done = 0
+        self._begin = self._shown = time.monotonic()
+        self._enabled = enabled
+        self._bar = (
+            tqdm(total=total, desc=title, unit="step", dynamic_ncols=True) if sys.stderr.isatty() and enabled else None
+        )
+
+    def advance(self, **values: str) -> None:
+        """One more step is done; the values are shown beside it."""
+        self._done += 1
+        if self._bar is not None:
+            self._bar.set_postfix(values, refresh=False)
+            self._bar.update()
+            return
+        now = time.monotonic()
+        if self._enabled and now - self._shown >= self._every and self._done < self._total:
+            self._shown = now
+            left = (now - self._begin) / self._done * (self._total - self._done)
+            shown = ", ".join(f"{name} {value}" for name, value in values.items())
+            percent = 100 * self._done // self._total
+            logger.info(
+                "%s: step %d of %d (%d %%), %s left, %s",
+                self._title,
+                self._done,
+                self._total,
+                percent,
+                clock(left),
+                shown,
+            )
+
+    def close(self) -> None:
+        """Ends the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def clock(seconds: float) -> str:
+    """Seconds as people read them: 45 s, 12 min, 3 h 05 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"

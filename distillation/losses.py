@@ -1,0 +1,90 @@
+"""The losses of TinyBERT (paper, section 3.1) as sums over a micro-batch.
+
+Each function returns Σ over the examples it is given, divided by what the whole optimizer step
+holds (`Totals`). So the parts that processes and micro-batches compute add up to the loss of the
+step, and its gradient is the same however the step was cut. No weights, no state, no models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from data_processing.batching import Totals
+from transformer.errors import UserError
+
+
+def uniform_layer_map(student_layers: int, teacher_layers: int) -> tuple[int, ...]:
+    """The teacher's layer g(m) = k·m for each student layer m = 1..M, with k = teacher / student layers.
+
+    Raises:
+        UserError: the teacher's depth is no multiple of the student's.
+    """
+    block, rest = divmod(teacher_layers, student_layers)
+    if rest:
+        raise UserError(
+            f"the teacher has {teacher_layers} layers and the student {student_layers}: "
+            "the uniform layer map needs a teacher whose depth is a multiple of the student's"
+        )
+    return tuple(block * layer for layer in range(1, student_layers + 1))
+
+
+def attention_loss(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], key_mask: Tensor, query_mask: Tensor, totals: Totals
+) -> Tensor:
+    """Equation 7: squared error of the unnormalised attention scores, summed over layers.
+
+    Args:
+        student, teacher: a tensor [batch, heads, query, key] a layer, the scores before the softmax.
+        key_mask: [batch, length], 0 at keys whose scores count as equal (padding), else 1.
+        query_mask: [batch, length], 0 at queries that do not count, else 1.
+        totals: of the whole optimizer step.
+    """
+    counted = (query_mask[:, None, :, None] * key_mask[:, None, None, :]).float()
+    loss = counted.new_zeros(())
+    for ours, theirs in zip(student, teacher, strict=True):
+        error = (ours.float() - theirs.float()) * counted
+        loss = loss + error.square().sum() / (totals.pairs * ours.shape[1])
+    return loss
+
+
+def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], token_mask: Tensor, totals: Totals) -> Tensor:
+    """Equations 8 and 9: squared error of the hidden states, the embedding output's included.
+
+    Args:
+        student, teacher: a tensor [batch, length, teacher hidden] a layer; the student's projected.
+        token_mask: [batch, length], 0 at tokens that do not count, else 1.
+        totals: of the whole optimizer step.
+    """
+    counted = token_mask[:, :, None].float()
+    loss = counted.new_zeros(())
+    for ours, theirs in zip(student, teacher, strict=True):
+        error = (ours.float() - theirs.float()) * counted
+        loss = loss + error.square().sum() / (totals.tokens * theirs.shape[-1])
+    return loss
+
+
+def prediction_loss(student: Tensor, teacher: Tensor, temperature: float, totals: Totals) -> Tensor:
+    """Equation 10: cross-entropy with the teacher's softened prediction, a mean over examples and classes.
+
+    Args:
+        student, teacher: logits [batch, classes].
+        temperature: both are divided by it before the softmax.
+        totals: of the whole optimizer step.
+    """
+    target = functional.softmax(teacher.float() / temperature, dim=-1)
+    predicted = functional.log_softmax(student.float() / temperature, dim=-1)
+    return -(target * predicted).sum() / (totals.examples * student.shape[-1])
+
+
+def label_loss(logits: Tensor, labels: Tensor, totals: Totals) -> Tensor:
+    """Cross-entropy of logits [batch, classes] with label ids [batch], a mean over examples."""
+    return functional.cross_entropy(logits.float(), labels, reduction="sum") / totals.examples
+
+
+def all_tokens(mask: Tensor) -> Tensor:
+    """A mask [batch, length] that lets padding count, as the original's means do."""
+    return torch.ones_like(mask)

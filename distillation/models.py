@@ -1,0 +1,186 @@
+"""From the user's folders to a teacher and a student that fit each other and the task, or one clear error.
+
+Nothing here trains. What a checkpoint may lack depends on its part: a teacher is whole, a student
+may get a new classifier or projection, and a line says so.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_processing.tasks import Task
+from transformer.configuration import BertConfig
+from transformer.errors import UserError
+from transformer.file_utils import read_weights
+from transformer.heads import TinyBertForSequenceClassification
+from transformer.loading import (
+    has_layer_projections,
+    num_labels_of,
+    projection_size,
+    summarise,
+    with_encoder_prefix,
+)
+from transformer.tokenization import BertTokenizer
+
+logger = logging.getLogger(__name__)
+
+_PROJECTIONS = ("fit_dense.", "fit_denses.")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A classifier with the tokenizer of its folder."""
+
+    model: TinyBertForSequenceClassification
+    tokenizer: BertTokenizer
+    folder: Path
+
+
+def load_complete(
+    folder: Path, task: Task, do_lower_case: bool, head: str | None = None, use: str = "the model"
+) -> LoadedModel:
+    """Loads a classifier that is used as it stands: a teacher, or a model to be evaluated.
+
+    Args:
+        folder: config.json, weights and vocab.txt.
+        task: its labels are what the classifier must tell apart.
+        do_lower_case: whether the tokenizer lower-cases.
+        head: `relu` or `linear` where the config is not to be believed about the classifier's form.
+        use: what the model is in this run, for messages.
+
+    Raises:
+        UserError: a file is missing or broken, or the model has no classifier for this task.
+    """
+    config, weights, tokenizer = _read(folder, do_lower_case)
+    labels = num_labels_of(weights)
+    if labels is None:
+        raise UserError(
+            f"{folder}: {use} has no classifier, it is a raw BERT; "
+            "fine-tune it on the task first (main.py --do_finetune, or test/train_teacher_1p.sh)"
+        )
+    if labels != len(task.labels):
+        raise UserError(
+            f"{folder}: the classifier of {use} tells {labels} labels apart, {task.name} has {len(task.labels)}"
+        )
+    model = TinyBertForSequenceClassification(config, labels, fit_size=0)
+    report = model.load(weights, folder)
+    if report.missing:
+        raise UserError(f"{folder}: the weights lack {summarise(report.missing)}, which {use} needs")
+    _say_unused(folder, [key for key in report.unexpected if not key.startswith(_PROJECTIONS)])
+    model.set_labels(task.labels, config.relu_head if head is None else head == "relu")
+    return LoadedModel(model.eval(), tokenizer, folder)
+
+
+def load_learner(
+    folder: Path,
+    task: Task,
+    do_lower_case: bool,
+    teacher_size: int = 0,
+    transfer_learning: bool = False,
+    head: str | None = None,
+) -> LoadedModel:
+    """Loads a model that is to be trained: a student, or an encoder that becomes a teacher.
+
+    A classifier or a projection that the checkpoint lacks begins anew. So does a projection to
+    another teacher's hidden size and, with `transfer_learning`, a classifier of another number of
+    labels.
+
+    Args:
+        folder, task, do_lower_case, head: as for `load_complete`.
+        teacher_size: the hidden size that its states are projected to; 0 keeps the checkpoint's.
+        transfer_learning: whether a classifier of another number of labels may be given up.
+
+    Raises:
+        UserError: a file is missing or broken, part of the encoder is missing, or the classifier is
+            of another number of labels.
+    """
+    config, weights, tokenizer = _read(folder, do_lower_case)
+    anew = []
+    labels = num_labels_of(weights)
+    if labels is not None and labels != len(task.labels):
+        if not transfer_learning:
+            raise UserError(
+                f"{folder}: the classifier tells {labels} labels apart, {task.name} has {len(task.labels)}; "
+                "--transfer_learning begins it anew"
+            )
+        weights = {key: tensor for key, tensor in weights.items() if not key.startswith("classifier.")}
+    if teacher_size and projection_size(weights) not in (0, teacher_size):
+        weights = {key: tensor for key, tensor in weights.items() if not key.startswith(_PROJECTIONS)}
+    fit_size = teacher_size or projection_size(weights)
+    model = TinyBertForSequenceClassification(config, len(task.labels), fit_size, has_layer_projections(weights))
+    report = model.load(weights, folder)
+    anew = sorted({key.rsplit(".", 1)[0] for key in report.missing})
+    if anew:
+        logger.info("%s: not in the checkpoint, begun anew: %s", folder, ", ".join(anew))
+    _say_unused(folder, report.unexpected)
+    model.set_labels(task.labels, config.relu_head if head is None else head == "relu")
+    return LoadedModel(model, tokenizer, folder)
+
+
+def _read(folder: Path, do_lower_case: bool) -> tuple[BertConfig, dict, BertTokenizer]:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; expected a model's folder with config.json, weights and vocab.txt")
+    config = BertConfig.from_pretrained(folder)
+    tokenizer = BertTokenizer.from_pretrained(folder, do_lower_case)
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"{folder}: vocab.txt has {len(tokenizer)} tokens, config.json says vocab_size {config.vocab_size}"
+        )
+    return config, with_encoder_prefix(read_weights(folder)), tokenizer
+
+
+def _say_unused(folder: Path, keys: Sequence[str]) -> None:
+    if keys:
+        logger.info("%s: in the checkpoint, not used: %s", folder, summarise(keys))
+
+
+def check_lengths(config: BertConfig, folder: Path, task: Task, max_seq_length: int) -> None:
+    """Checks that the model can read the task's texts.
+
+    Raises:
+        UserError: it has too few positions, or one segment only where the task has two texts.
+    """
+    if max_seq_length > config.max_position_embeddings:
+        raise UserError(
+            f"--max_seq_length {max_seq_length}: the model in {folder} has only "
+            f"{config.max_position_embeddings} positions"
+        )
+    if len(task.text_columns) > config.type_vocab_size:
+        raise UserError(f"{folder}: the model has {config.type_vocab_size} segment, {task.name} has two texts")
+
+
+def check_same_vocabulary(teacher: LoadedModel, student: LoadedModel) -> None:
+    """Checks that teacher and student read the same ids.
+
+    Raises:
+        UserError: their vocabularies differ.
+    """
+    ours, theirs = student.tokenizer.vocab, teacher.tokenizer.vocab
+    if ours == theirs:
+        return
+    if len(ours) != len(theirs):
+        difference = f"{len(theirs)} and {len(ours)} tokens"
+    else:
+        token = min((t for t in theirs if ours.get(t) != theirs[t]), key=lambda t: theirs[t])
+        difference = f"first at line {theirs[token] + 1}, where the teacher has {token!r}"
+    raise UserError(
+        f"{teacher.folder} and {student.folder}: teacher and student have different vocabularies ({difference}); "
+        "a student learns only from a teacher that reads the same vocab.txt"
+    )
+
+
+def check_same_heads(teacher: LoadedModel, student: LoadedModel) -> None:
+    """Checks that attention scores can be compared, head by head.
+
+    Raises:
+        UserError: the numbers of heads differ.
+    """
+    ours, theirs = student.model.config.num_attention_heads, teacher.model.config.num_attention_heads
+    if ours != theirs:
+        raise UserError(
+            f"{teacher.folder} and {student.folder}: the teacher has {theirs} attention heads and the student {ours}; "
+            "attention scores can be learned only from a teacher with as many heads"
+        )

@@ -1,0 +1,137 @@
+"""Command: a student from nothing, or from some of a teacher's layers.
+
+    python -m distillation.new_student --teacher DIR --num_hidden_layers 4 --hidden_size 312 \
+        --intermediate_size 1200 --init random|teacher_layers --output_dir general_tinybert
+
+It stands in for a generally distilled model where none can be had; it teaches the student nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from distillation.checkpoint import check_output_dir, save_model
+from distillation.device import seed_process
+from distillation.launch import run_entry
+from distillation.losses import uniform_layer_map
+from distillation.options import OneLineParser
+from transformer.configuration import LINEAR_HEAD_ARCHITECTURE, RELU_HEAD_ARCHITECTURE, BertConfig
+from transformer.errors import UserError
+from transformer.file_utils import read_weights
+from transformer.heads import TinyBertForSequenceClassification
+from transformer.loading import num_labels_of, with_encoder_prefix
+from transformer.tokenization import BertTokenizer
+
+logger = logging.getLogger(__name__)
+
+
+def build_student(
+    config: BertConfig, teacher_config: BertConfig, teacher: dict[str, Tensor], copy_layers: bool
+) -> tuple[TinyBertForSequenceClassification, list[str]]:
+    """Makes a student and, where asked, copies the teacher's mapped layers into it.
+
+    Student layer m gets teacher layer g(m) of the uniform map; embeddings, pooler and classifier are
+    copied as they are. A module is copied only as a whole, where each of its tensors has the
+    student's shape. A student as wide as its teacher starts with the identity as its projection.
+
+    Args:
+        config: the student's. teacher_config: the teacher's. teacher: its weights.
+        copy_layers: whether anything is copied.
+
+    Returns:
+        The student, and the names of the teacher's modules that were copied, in the student's order.
+
+    Raises:
+        UserError: the teacher's depth is no multiple of the student's.
+    """
+    student = TinyBertForSequenceClassification(
+        config, num_labels_of(teacher) or 2, fit_size=teacher_config.hidden_size
+    )
+    if not copy_layers:
+        return student, []
+    layer_map = uniform_layer_map(config.num_hidden_layers, teacher_config.num_hidden_layers)
+    sources = {"bert.embeddings": "bert.embeddings"}
+    for ours, theirs in enumerate(layer_map):
+        sources[f"bert.encoder.layer.{ours}"] = f"bert.encoder.layer.{theirs - 1}"
+    sources |= {"bert.pooler": "bert.pooler", "classifier": "classifier"}
+    copied = []
+    for name, source in sources.items():
+        if _copy_module(student.get_submodule(name), source, teacher):
+            copied.append(source if source == name else f"{source} as {name}")
+    if config.hidden_size == teacher_config.hidden_size:
+        nn.init.eye_(student.fit_dense.weight)
+    return student, copied
+
+
+def _copy_module(module: nn.Module, source: str, teacher: dict[str, Tensor]) -> bool:
+    own = module.state_dict()
+    theirs = {key: teacher.get(f"{source}.{key}") for key in own}
+    if any(tensor is None or tensor.shape != own[key].shape for key, tensor in theirs.items()):
+        return False
+    with torch.no_grad():
+        for key, tensor in theirs.items():
+            own[key].copy_(tensor)
+    return True
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(prog="distillation.new_student", description="Makes a new student.", allow_abbrev=False)
+    parser.add_argument("--teacher", type=Path, required=True, help="folder whose vocabulary and sizes it takes over")
+    parser.add_argument("--num_hidden_layers", type=int, default=4)
+    parser.add_argument("--hidden_size", type=int, default=312)
+    parser.add_argument("--intermediate_size", type=int, default=1200)
+    parser.add_argument("--num_attention_heads", type=int, help="default: the teacher's")
+    parser.add_argument("--init", choices=("random", "teacher_layers"), default="random")
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--overwrite_output_dir", action="store_true")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Makes the student that the flags describe and writes its folder."""
+    flags = _parser().parse_args(list(arguments))
+    check_output_dir(flags.output_dir, flags.overwrite_output_dir, (flags.teacher,))
+    if not flags.teacher.is_dir():
+        raise UserError(f"{flags.teacher}: no such folder; --teacher is a model's folder")
+    if flags.seed < 0:
+        raise UserError(f"--seed {flags.seed}: expected 0 or more")
+    teacher_config = BertConfig.from_pretrained(flags.teacher)
+    tokenizer = BertTokenizer.from_pretrained(flags.teacher)
+    teacher = with_encoder_prefix(read_weights(flags.teacher))
+    config = replace(
+        teacher_config,
+        num_hidden_layers=flags.num_hidden_layers,
+        hidden_size=flags.hidden_size,
+        intermediate_size=flags.intermediate_size,
+        num_attention_heads=flags.num_attention_heads or teacher_config.num_attention_heads,
+        architectures=[RELU_HEAD_ARCHITECTURE if teacher_config.relu_head else LINEAR_HEAD_ARCHITECTURE],
+        extra={},
+        source="the new student",
+    )
+    seed_process(flags.seed, 0)
+    student, copied = build_student(config, teacher_config, teacher, flags.init == "teacher_layers")
+    save_model(flags.output_dir, student.config, student.state_dict(), tokenizer)
+    encoder = sum(p.numel() for p in student.parameters())
+    if flags.init == "teacher_layers":
+        logger.info("copied from the teacher: %s", ", ".join(copied) or "nothing, no shape is the same")
+    logger.info(
+        "%s: %d layers, hidden %d, intermediate %d, %.1f million parameters",
+        flags.output_dir,
+        config.num_hidden_layers,
+        config.hidden_size,
+        config.intermediate_size,
+        encoder / 1e6,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_entry("distillation.new_student", main))

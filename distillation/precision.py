@@ -1,0 +1,252 @@
+"""Mixed precision: what runs in half precision, the loss scale, and steps that overflow.
+
+Levels mean what apex's mean. O0: fp32. O1: the model's matrix products in half precision, its
+weights in fp32. O2: weights in half precision too, with an fp32 copy that the optimizer moves.
+O3: half precision only. LayerNorm, softmax and losses are fp32 at every level.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import logging
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from transformer.errors import UserError
+from transformer.optimization import BertAdam, gradient_norms
+
+logger = logging.getLogger(__name__)
+
+_FIRST_DYNAMIC_SCALE = 2.0**16
+_GROW_AFTER = 2000  # steps without an overflow
+_MOST_SKIPPED_IN_A_ROW = 50
+
+
+class Precision:
+    """fp32, and what the mixed precisions share. One object serves one optimizer.
+
+    dynamic: whether an overflow lowers the loss scale, so that a loss that is not finite may pass.
+    skipped: how many steps were skipped because a gradient was not finite.
+    """
+
+    dynamic = False
+
+    def __init__(self) -> None:
+        self.skipped = 0
+
+    @property
+    def scale(self) -> float:
+        """What the loss is multiplied by."""
+        return 1.0
+
+    def prepare(self, model: nn.Module, optimizer: BertAdam) -> nn.Module:
+        """Readies a model, on its device, for training; returns what is to be called in its place."""
+        return model
+
+    def prepare_frozen(self, model: nn.Module) -> None:
+        """Readies a model that is asked only."""
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context of forward passes."""
+        return contextlib.nullcontext()
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Adds the loss's gradients; `last` is false for a micro-batch that does not end a step."""
+        loss.backward()
+
+    def step(self, optimizer: BertAdam) -> bool:
+        """Moves the weights unless a gradient is not finite; returns whether it did."""
+        norms = gradient_norms(optimizer.gradients())
+        if not _all_finite(norms):
+            self.skipped += 1
+            return False
+        optimizer.step(norms=norms)
+        return True
+
+    def weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """The model's weights in the best precision that there is."""
+        return model.state_dict()
+
+
+class TorchMixedPrecision(Precision):
+    """Half precision by torch's own means: autocast (O1), or weights that are cast (O2, O3).
+
+    Args:
+        dtype: torch.float16 or torch.bfloat16.
+        level: O1, O2 or O3.
+        loss_scale: a static scale; None for one that halves at an overflow and doubles after 2000 steps
+            without one.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, level: str, loss_scale: float | None) -> None:
+        super().__init__()
+        self._device, self._dtype, self._level = device, dtype, level
+        self.dynamic = loss_scale is None
+        self._scale = _FIRST_DYNAMIC_SCALE if loss_scale is None else loss_scale
+        self._steps_since_overflow = 0
+        self._skipped_in_a_row = 0
+        self._masters: dict[Tensor, Tensor] = {}  # parameter in half precision -> its value in fp32
+
+    @property
+    def scale(self) -> float:
+        return self._scale
+
+    def prepare(self, model: nn.Module, optimizer: BertAdam) -> nn.Module:
+        if self._level == "O2":
+            # Frozen weights too: what is saved at the end must not have been rounded.
+            self._masters = {p: p.detach().clone().requires_grad_(p.requires_grad) for p in model.parameters()}
+            for group in optimizer.param_groups:
+                group["params"] = [self._masters[p] for p in group["params"]]
+        if self._level in ("O2", "O3"):
+            model.to(self._dtype)
+        return model
+
+    def prepare_frozen(self, model: nn.Module) -> None:
+        if self._level in ("O2", "O3"):
+            model.to(self._dtype)
+            return
+        for module in model.modules():
+            if isinstance(module, nn.Linear):  # autocast would cast these anew for every batch
+                module.to(self._dtype)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self._device.type, self._dtype, enabled=self._level == "O1")
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        (loss * self._scale).backward()
+
+    def step(self, optimizer: BertAdam) -> bool:
+        for parameter, master in self._masters.items():
+            master.grad = None if parameter.grad is None else parameter.grad.to(master.dtype)
+            parameter.grad = None
+        norms = gradient_norms(optimizer.gradients())
+        moved = _all_finite(norms)
+        if moved:
+            optimizer.step(norms=norms, grad_scale=self._scale)
+            with torch.no_grad():
+                for parameter, master in self._masters.items():
+                    if master.grad is not None:
+                        parameter.copy_(master)
+        self._adapt(moved)
+        return moved
+
+    def _adapt(self, moved: bool) -> None:
+        if moved:
+            self._skipped_in_a_row = 0
+            self._steps_since_overflow += 1
+            if self.dynamic and self._steps_since_overflow == _GROW_AFTER:
+                self._scale, self._steps_since_overflow = self._scale * 2, 0
+            return
+        self.skipped += 1
+        self._skipped_in_a_row += 1
+        self._steps_since_overflow = 0
+        if self._skipped_in_a_row > _MOST_SKIPPED_IN_A_ROW:
+            raise UserError(
+                f"the gradients overflowed in {self._skipped_in_a_row} steps in a row, "
+                f"the loss scale is {self._scale:g}; "
+                "try a lower --loss_scale, --loss_scale dynamic, or another --opt_level"
+            )
+        if self.dynamic:
+            self._scale /= 2
+
+    def weights(self, model: nn.Module) -> dict[str, Tensor]:
+        names = {name: self._masters.get(parameter, parameter) for name, parameter in model.named_parameters()}
+        return {
+            name: names.get(name, tensor).detach().float() if tensor.is_floating_point() else tensor
+            for name, tensor in model.state_dict().items()
+        }
+
+
+class ApexMixedPrecision(Precision):
+    """Half precision by apex, where it is installed for the device."""
+
+    def __init__(self, amp: ModuleType, level: str, loss_scale: float | None) -> None:
+        super().__init__()
+        self._amp, self._level = amp, level
+        self.dynamic = loss_scale is None
+        self._loss_scale: float | str = "dynamic" if loss_scale is None else loss_scale
+        self._optimizer: BertAdam | None = None
+
+    def prepare(self, model: nn.Module, optimizer: BertAdam) -> nn.Module:
+        settings: dict[str, Any] = {"opt_level": self._level, "loss_scale": self._loss_scale, "verbosity": 0}
+        accepted = inspect.signature(self._amp.initialize).parameters
+        if "combine_grad" in accepted:  # Ascend's apex alone has it: gradients of one buffer, one all-reduce
+            settings["combine_grad"] = True
+        model, self._optimizer = self._amp.initialize(model, optimizer, **settings)
+        return model
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        with self._amp.scale_loss(loss, self._optimizer, delay_unscale=not last) as scaled:
+            scaled.backward()
+
+    def step(self, optimizer: BertAdam) -> bool:
+        # At an overflow apex puts a function that does nothing in the place of optimizer.step.
+        before = optimizer.steps_taken
+        optimizer.step()
+        moved = optimizer.steps_taken > before
+        self.skipped += not moved
+        return moved
+
+    def weights(self, model: nn.Module) -> dict[str, Tensor]:
+        return {k: t.float() if t.is_floating_point() else t for k, t in model.state_dict().items()}
+
+
+def choose_precision(
+    device: torch.device, amp: bool, level: str, loss_scale: float | None, dtype: str = "auto"
+) -> Precision:
+    """The precision that the flags ask for, as far as the device has it.
+
+    apex serves where it is installed, the device is gpu or npu and no type is asked for; else torch
+    does. A CPU without bf16 instructions stays in fp32, and a line says so.
+
+    Args:
+        device: the process's.
+        amp, level, loss_scale: the flags; a loss scale of None is dynamic.
+        dtype: auto, bf16 or fp16.
+    """
+    if not amp or level == "O0":
+        return Precision()
+    if device.type != "cpu" and dtype == "auto":
+        apex = _apex()
+        if apex is not None:
+            return ApexMixedPrecision(apex, level, loss_scale)
+    if device.type == "cpu" and dtype == "auto" and not cpu_has_bf16():
+        logger.info("--amp: this processor has no bf16 instructions, training stays in fp32")
+        return Precision()
+    half = {"auto": _good_half(device), "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    return TorchMixedPrecision(device, half, level, loss_scale)
+
+
+def cpu_has_bf16(capabilities: Mapping[str, Any] | None = None) -> bool:
+    """Whether the processor multiplies matrices in bf16 by instructions of its own."""
+    found = torch.cpu.get_capabilities() if capabilities is None else capabilities
+    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def _good_half(device: torch.device) -> torch.dtype:
+    if device.type == "cpu":
+        return torch.bfloat16
+    backend = getattr(torch, device.type)
+    supported = getattr(backend, "is_bf16_supported", lambda: False)
+    return torch.bfloat16 if supported() else torch.float16
+
+
+def _apex() -> ModuleType | None:
+    try:
+        amp = importlib.import_module("apex.amp")
+    except ImportError:
+        return None
+    # PyPI's package of that name is another project.
+    return amp if hasattr(amp, "initialize") and hasattr(amp, "scale_loss") else None
+
+
+def _all_finite(norms: list[Tensor]) -> bool:
+    """Whether every norm is a number; asks the device once."""
+    return bool(torch.stack(norms).isfinite().all())

@@ -1,0 +1,23 @@
+"""TinyBERT on SST-2 and MNLI: intermediate-layer distillation, prediction-layer distillation, evaluation.
+
+    python main.py --data_dir glue_dir/SST-2 --task_name SST-2 --do_lower_case \
+        --teacher_model bert_base_uncased_ft_sst --student_model general_tinybert \
+        --output_dir tmp_tinybert_dir --fps_acc_dir ./output
+
+The scripts in test/ call this with the settings of each kind of run; `python main.py --help` names all flags.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from distillation.launch import launch, run_entry
+from distillation.options import parse_options
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parses the flags and runs what they ask for."""
+    launch(parse_options(arguments, "main.py", __doc__.splitlines()[0], default_task="SST-2"))
+
+
+if __name__ == "__main__":
+    sys.exit(run_entry("main.py", main))

@@ -1,0 +1,277 @@
+"""BERT with its heads: masked language model, pre-training, and the TinyBERT models that learn from a teacher.
+
+What is here can be built, loaded and saved by itself:
+
+    model = TinyBertForSequenceClassification.from_pretrained("TinyBERT_dir")
+    logits, attention_scores, hidden_states = model(input_ids, token_type_ids, attention_mask)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from transformer.configuration import LINEAR_HEAD_ARCHITECTURE, RELU_HEAD_ARCHITECTURE, BertConfig
+from transformer.file_utils import read_weights, write_weights
+from transformer.loading import LoadReport, has_layer_projections, load_weights, num_labels_of, projection_size
+from transformer.modeling import BertModel, EncoderOutput, LayerNorm, activation
+
+Model = TypeVar("Model", bound="PreTrainedModel")
+
+
+class PreTrainedModel(nn.Module):
+    """What every model here shares: initialisation, loading and saving."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.bert = BertModel(config)
+
+    def init_weights(self) -> None:
+        """Draws all weights from N(0, initializer_range²); biases are 0 and LayerNorm weights 1."""
+        self.apply(self._init_module)
+
+    def _init_module(self, module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+    @classmethod
+    def from_weights(cls: type[Model], config: BertConfig, weights: dict[str, Tensor]) -> Model:
+        """Builds the model whose parts the weights' keys show, its values not yet loaded."""
+        return cls(config)
+
+    @classmethod
+    def from_pretrained(cls: type[Model], folder: str | Path) -> Model:
+        """Loads FOLDER/config.json and its weights; parts that the file lacks keep their random start.
+
+        Raises:
+            UserError: a file is missing or broken, or the weights lack part of the encoder or do not fit it.
+        """
+        weights = read_weights(folder)
+        model = cls.from_weights(BertConfig.from_pretrained(folder), weights)
+        model.load(weights, folder)
+        return model
+
+    def load(self, weights: dict[str, Tensor], source: str | Path) -> LoadReport:
+        """Takes over the tensors that the model has; says which were missing and which not used."""
+        return load_weights(self, weights, source)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes FOLDER/config.json, then pytorch_model.bin, each whole or not at all."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.config.save_pretrained(folder)
+        write_weights(folder, self.state_dict())
+
+
+class BertPredictionHeadTransform(nn.Module):
+    """The masked-LM head's hidden layer."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = activation(config)
+        self.LayerNorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.LayerNorm(self.activation(self.dense(hidden)))
+
+
+class BertLMPredictionHead(nn.Module):
+    """Scores every word of the vocabulary; its output weights are the word embeddings."""
+
+    def __init__(self, config: BertConfig, word_embeddings: nn.Embedding) -> None:
+        super().__init__()
+        self.transform = BertPredictionHeadTransform(config)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.decoder.weight = word_embeddings.weight
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., hidden] -> [..., vocabulary]."""
+        return functional.linear(self.transform(hidden), self.decoder.weight, self.bias)
+
+
+class BertOnlyMLMHead(nn.Module):
+    def __init__(self, config: BertConfig, word_embeddings: nn.Embedding) -> None:
+        super().__init__()
+        self.predictions = BertLMPredictionHead(config, word_embeddings)
+
+
+class BertPreTrainingHeads(BertOnlyMLMHead):
+    def __init__(self, config: BertConfig, word_embeddings: nn.Embedding) -> None:
+        super().__init__(config, word_embeddings)
+        self.seq_relationship = nn.Linear(config.hidden_size, 2)
+
+
+class BertForMaskedLM(PreTrainedModel):
+    """BERT that predicts masked words."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        self.cls = BertOnlyMLMHead(config, self.bert.embeddings.word_embeddings)
+        self.init_weights()
+
+    def _init_module(self, module: nn.Module) -> None:
+        # The decoder's weights are the word embeddings: they are drawn once, with those.
+        if not (isinstance(module, nn.Linear) and module.bias is None):
+            super()._init_module(module)
+
+    def forward(
+        self, input_ids: Tensor, token_type_ids: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        """[batch, length] ids -> logits [batch, length, vocabulary]."""
+        last = (self.config.num_hidden_layers,)
+        encoded = self.bert(
+            input_ids, token_type_ids, attention_mask, hidden_layers=last, attention_layers=(), pool=False
+        )
+        return self.cls.predictions(encoded.hidden_states[0])
+
+
+class BertForPreTraining(BertForMaskedLM):
+    """BERT with both pre-training heads: masked words, and whether the second segment follows the first."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        self.cls = BertPreTrainingHeads(config, self.bert.embeddings.word_embeddings)
+        self.init_weights()
+
+    def forward(  # type: ignore[override]  # it has one more output than the masked LM alone
+        self, input_ids: Tensor, token_type_ids: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """[batch, length] ids -> masked-LM logits [batch, length, vocabulary], next-sentence logits [batch, 2]."""
+        last = (self.config.num_hidden_layers,)
+        encoded = self.bert(input_ids, token_type_ids, attention_mask, hidden_layers=last, attention_layers=())
+        heads = self.cls
+        assert isinstance(heads, BertPreTrainingHeads)
+        return heads.predictions(encoded.hidden_states[0]), heads.seq_relationship(encoded.pooled)
+
+
+class TinyBertOutput(NamedTuple):
+    """What a TinyBERT model gives out, in the original's order.
+
+    logits: [batch, labels], or None where they were not asked for.
+    attention_scores: [batch, heads, query, key] for each layer asked for.
+    hidden_states: [batch, length, hidden] for each layer asked for; projected to the teacher's
+        hidden size where the model was asked as a student.
+    """
+
+    logits: Tensor | None
+    attention_scores: tuple[Tensor, ...]
+    hidden_states: tuple[Tensor, ...]
+
+
+class DistilledModel(PreTrainedModel):
+    """A model with the projection of its hidden states to a teacher's size (W_h of the paper's equation 8).
+
+    The first release of TinyBERT has one projection for all layers, `fit_dense`; the second has one
+    for the embeddings and one for each layer, `fit_denses.0` to `fit_denses.N`. fit_size 0 means none.
+    """
+
+    fit_dense: nn.Linear
+    fit_denses: nn.ModuleList
+
+    def __init__(self, config: BertConfig, fit_size: int, per_layer: bool) -> None:
+        super().__init__(config)
+        self.fit_size, self.per_layer = fit_size, per_layer
+        if fit_size and per_layer:
+            count = config.num_hidden_layers + 1
+            self.fit_denses = nn.ModuleList(nn.Linear(config.hidden_size, fit_size) for _ in range(count))
+        elif fit_size:
+            self.fit_dense = nn.Linear(config.hidden_size, fit_size)
+
+    def project(self, encoded: EncoderOutput, layers: Sequence[int]) -> tuple[Tensor, ...]:
+        """The hidden states of `layers` in the teacher's hidden size: [batch, length, fit_size] each."""
+        pairs = zip(layers, encoded.hidden_states, strict=True)
+        return tuple((self.fit_denses[layer] if self.per_layer else self.fit_dense)(state) for layer, state in pairs)
+
+
+class TinyBertForPreTraining(DistilledModel):
+    """The student of general distillation: a plain encoder is its teacher, and no task is known yet."""
+
+    def __init__(self, config: BertConfig, fit_size: int = 768, per_layer: bool = False) -> None:
+        super().__init__(config, fit_size, per_layer)
+        self.cls = BertPreTrainingHeads(config, self.bert.embeddings.word_embeddings)
+        self.init_weights()
+
+    _init_module = BertForMaskedLM._init_module
+
+    @classmethod
+    def from_weights(cls, config: BertConfig, weights: dict[str, Tensor]) -> TinyBertForPreTraining:
+        return cls(config, projection_size(weights) or 768, has_layer_projections(weights))
+
+    def forward(
+        self, input_ids: Tensor, token_type_ids: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> TinyBertOutput:
+        """All layers' attention scores, and hidden states in the teacher's size."""
+        encoded = self.bert(input_ids, token_type_ids, attention_mask, pool=False)
+        layers = range(self.config.num_hidden_layers + 1)
+        return TinyBertOutput(None, encoded.attention_scores, self.project(encoded, layers))
+
+
+class TinyBertForSequenceClassification(DistilledModel):
+    """A classifier over the pooled output: the teacher, and the student that learns from it.
+
+    The head is logits = W relu(pooled) + b, as the original's, unless the config names
+    BertForSequenceClassification: then logits = W pooled + b.
+    """
+
+    def __init__(self, config: BertConfig, num_labels: int = 2, fit_size: int = 768, per_layer: bool = False) -> None:
+        super().__init__(config, fit_size, per_layer)
+        self.num_labels = num_labels
+        self.classifier = nn.Linear(config.hidden_size, num_labels)
+        self.init_weights()
+
+    @classmethod
+    def from_weights(cls, config: BertConfig, weights: dict[str, Tensor]) -> TinyBertForSequenceClassification:
+        labels = num_labels_of(weights) or len(config.id2label) or 2
+        return cls(config, labels, projection_size(weights), has_layer_projections(weights))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        token_type_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        is_student: bool = False,
+        hidden_layers: Sequence[int] | None = None,
+        attention_layers: Sequence[int] | None = None,
+        with_logits: bool = True,
+    ) -> TinyBertOutput:
+        """Classifies a batch, and gives out what a distillation loss reads.
+
+        Args:
+            input_ids, token_type_ids, attention_mask: [batch, length], as for `BertModel`.
+            is_student: whether hidden states are given out in the teacher's size.
+            hidden_layers, attention_layers: the layers wanted, as for `BertModel`; all where not given.
+            with_logits: whether logits are wanted; without them the pooler is not computed.
+        """
+        if hidden_layers is None:
+            hidden_layers = range(self.config.num_hidden_layers + 1)
+        encoded = self.bert(
+            input_ids,
+            token_type_ids,
+            attention_mask,
+            hidden_layers=hidden_layers,
+            attention_layers=attention_layers,
+            pool=with_logits,
+        )
+        logits = None
+        if encoded.pooled is not None:
+            pooled = torch.relu(encoded.pooled) if self.config.relu_head else encoded.pooled
+            logits = self.classifier(pooled)
+        states = self.project(encoded, hidden_layers) if is_student else encoded.hidden_states
+        return TinyBertOutput(logits, encoded.attention_scores, states)
+
+    def set_labels(self, names: Sequence[str], relu_head: bool) -> None:
+        """Records the labels' names, in id order, and the head's form in the config that is saved."""
+        architecture = RELU_HEAD_ARCHITECTURE if relu_head else LINEAR_HEAD_ARCHITECTURE
+        self.config = replace(self.config, architectures=[architecture], id2label=dict(enumerate(names)))

@@ -1,0 +1,96 @@
+"""From a checkpoint's tensors into a model: which fit, which are missing, which are not used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from transformer.errors import UserError
+
+ENCODER_PREFIX = "bert."
+_POOLER_PREFIX = "bert.pooler."
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """Keys of the model that the file lacked, and keys of the file that the model has no use for."""
+
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+
+    def lacks(self, prefix: str) -> bool:
+        """Whether any tensor under this prefix was missing."""
+        return any(key.startswith(prefix) for key in self.missing)
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> LoadReport:
+    """Copies a checkpoint's tensors into the model's parameters of the same name.
+
+    A bare encoder's keys get the prefix `bert.`. A head that the file lacks keeps the values it has:
+    whether that may be is for the caller to say, from the report. An encoder must be whole.
+
+    Raises:
+        UserError: part of the encoder is missing, or a tensor has another shape than the config says.
+    """
+    weights = with_encoder_prefix(weights)
+    own = model.state_dict(keep_vars=True)
+    tied = _tied_keys(own)
+    missing = tuple(key for key in own if key not in weights and not any(k in weights for k in tied[key]))
+    lost = [key for key in missing if key.startswith(ENCODER_PREFIX) and not key.startswith(_POOLER_PREFIX)]
+    if lost:
+        raise UserError(
+            f"{source}: the weights lack {summarise(lost)}; they are of another model than config.json says"
+        )
+    for key, tensor in weights.items():
+        if key in own and own[key].shape != tensor.shape:
+            raise UserError(
+                f"{source}: {key} has the shape {list(tensor.shape)}, expected {list(own[key].shape)}; "
+                "the weights are of another model than config.json says"
+            )
+    with torch.no_grad():
+        for key, parameter in own.items():
+            if key in weights:
+                parameter.copy_(weights[key])
+    return LoadReport(missing, tuple(key for key in weights if key not in own))
+
+
+def _tied_keys(own: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """For each key the other keys of the same parameter: a file needs to hold only one of them."""
+    return {key: [k for k, t in own.items() if t is tensor and k != key] for key, tensor in own.items()}
+
+
+def with_encoder_prefix(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a bare encoder under the keys that a model with a head has."""
+    if any(key.startswith(ENCODER_PREFIX) for key in weights):
+        return dict(weights)
+    parts = ("embeddings.", "encoder.", "pooler.")
+    return {ENCODER_PREFIX + key if key.startswith(parts) else key: tensor for key, tensor in weights.items()}
+
+
+def num_labels_of(weights: Mapping[str, Tensor]) -> int | None:
+    """How many labels the checkpoint's classifier has; None where it has no classifier."""
+    return weights["classifier.weight"].shape[0] if "classifier.weight" in weights else None
+
+
+def has_layer_projections(weights: Mapping[str, Tensor]) -> bool:
+    """Whether the checkpoint has a projection for each layer, as TinyBERT's second release."""
+    return "fit_denses.0.weight" in weights
+
+
+def projection_size(weights: Mapping[str, Tensor]) -> int:
+    """The teacher's hidden size that the checkpoint projects to; 0 where it has no projection."""
+    for key in ("fit_denses.0.weight", "fit_dense.weight"):
+        if key in weights:
+            return weights[key].shape[0]
+    return 0
+
+
+def summarise(keys: Iterable[str], most: int = 3) -> str:
+    """The first few keys and how many there are more, for one line of a message."""
+    keys = list(keys)
+    rest = f" and {len(keys) - most} more" if len(keys) > most else ""
+    return ", ".join(keys[:most]) + rest

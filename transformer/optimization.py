@@ -1,0 +1,194 @@
+"""BertAdam and its learning-rate schedules.
+
+BERT's own Adam differs from torch's: no bias correction, weight decay apart from the gradient
+(decoupled), and each tensor's gradient clipped to a norm of its own. It does not unscale
+gradients, skip steps or look for infinities: that is mixed precision's work.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+Schedule = Callable[[float, float], float]
+
+_CACHED = 2**16  # numbers; four such pieces of fp32 are 1 MiB
+
+
+def constant(progress: float, warmup: float) -> float:
+    """The rate itself, from the first step to the last."""
+    return 1.0
+
+
+def warmup_constant(progress: float, warmup: float) -> float:
+    """Rises linearly over the first `warmup` of all steps, then stays."""
+    return progress / warmup if progress < warmup else 1.0
+
+
+def warmup_linear(progress: float, warmup: float) -> float:
+    """Rises linearly over the first `warmup` of all steps, then falls linearly to 0 at the end."""
+    return progress / warmup if progress < warmup else max((progress - 1.0) / (warmup - 1.0), 0.0)
+
+
+def warmup_cosine(progress: float, warmup: float) -> float:
+    """Rises linearly over the first `warmup` of all steps, then follows the half cosine of the progress."""
+    return progress / warmup if progress < warmup else 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+
+
+SCHEDULES: dict[str, Schedule] = {
+    "none": constant,
+    "warmup_constant": warmup_constant,
+    "warmup_linear": warmup_linear,
+    "warmup_cosine": warmup_cosine,
+}
+
+
+class BertAdam(Optimizer):
+    """Adam as BERT was trained with.
+
+    For each tensor g with a gradient: g is scaled to a norm of at most `max_grad_norm`,
+    m = b1·m + (1 - b1)·g, v = b2·v + (1 - b2)·g², and the tensor moves by
+    -rate · (m / (√v + e) + weight_decay · tensor). Tensors without a gradient are left alone.
+    The rate is taken before the step is counted: the first step of a warm-up has rate 0.
+
+    Args:
+        params: tensors or parameter groups; a group may set any of the following for itself.
+        lr: the peak learning rate.
+        warmup: the share of all steps in which the rate rises; needs t_total.
+        t_total: the number of optimizer steps of the whole training; -1 for a rate that stays.
+        schedule: a name of `SCHEDULES`.
+        b1, b2, e: Adam's decay rates and epsilon.
+        weight_decay: decoupled, in units of the rate.
+        max_grad_norm: the clip of each tensor's own gradient; -1 for none.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float,
+        warmup: float = -1,
+        t_total: int = -1,
+        schedule: str = "warmup_linear",
+        b1: float = 0.9,
+        b2: float = 0.999,
+        e: float = 1e-6,
+        weight_decay: float = 0.01,
+        max_grad_norm: float = 1.0,
+    ) -> None:
+        if lr < 0:
+            raise ValueError(f"lr is {lr}, expected 0 or more")
+        if schedule not in SCHEDULES:
+            raise ValueError(f"schedule is {schedule!r}, expected one of {', '.join(SCHEDULES)}")
+        if warmup != -1 and not 0 <= warmup < 1:
+            raise ValueError(f"warmup is {warmup}, expected 0 to below 1, or -1 for none")
+        if not (0 <= b1 < 1 and 0 <= b2 < 1):
+            raise ValueError(f"b1 and b2 are {b1} and {b2}, expected 0 to below 1")
+        if e < 0:
+            raise ValueError(f"e is {e}, expected 0 or more")
+        self.steps_taken = 0
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "warmup": warmup,
+                "t_total": t_total,
+                "schedule": schedule,
+                "b1": b1,
+                "b2": b2,
+                "e": e,
+                "weight_decay": weight_decay,
+                "max_grad_norm": max_grad_norm,
+            },
+        )
+
+    def rate(self, group: dict[str, Any], step: int) -> float:
+        """The learning rate of the step after `step` counted ones."""
+        if group["t_total"] == -1:
+            return group["lr"]
+        return group["lr"] * SCHEDULES[group["schedule"]](step / group["t_total"], max(group["warmup"], 0.0))
+
+    def gradients(self) -> list[Tensor]:
+        """The gradients of all parameters that have one, in the groups' order."""
+        return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self,
+        closure: Callable[[], float] | None = None,
+        *,
+        norms: Sequence[Tensor] | None = None,
+        grad_scale: float = 1.0,
+    ) -> float | None:
+        """Moves every tensor that has a gradient by one step.
+
+        Args:
+            closure: evaluates the model anew and returns the loss; its gradients are then used.
+            norms: the L2 norm of each of `gradients()`, where they are known already.
+            grad_scale: what the gradients were multiplied by (a loss scale).
+
+        Returns:
+            The closure's loss.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        known = iter(norms if norms is not None else gradient_norms(self.gradients()))
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._move(parameter, parameter.grad, next(known), grad_scale, group)
+        self.steps_taken += 1
+        return loss
+
+    def _move(
+        self, parameter: Tensor, gradient: Tensor, norm: Tensor, grad_scale: float, group: dict[str, Any]
+    ) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = 0
+            state["next_m"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+            state["next_v"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+        factor = torch.full_like(norm, 1 / grad_scale)
+        if group["max_grad_norm"] > 0:
+            # torch's clip_grad_norm_ of a single tensor: the 1e-6 is part of the known figures.
+            factor *= (group["max_grad_norm"] / (norm / grad_scale + 1e-6)).clamp(max=1.0)
+        rate, decay = self.rate(group, state["step"]), group["weight_decay"]
+        tensors = parameter, gradient, state["next_m"], state["next_v"]
+        for weights, grads, mean, variance in zip(*_pieces(tensors), strict=True):
+            grads = grads * factor
+            mean.mul_(group["b1"]).add_(grads, alpha=1 - group["b1"])
+            variance.mul_(group["b2"]).addcmul_(grads, grads, value=1 - group["b2"])
+            update = mean / variance.sqrt().add_(group["e"])
+            if decay > 0:
+                update.add_(weights, alpha=decay)
+            weights.add_(update, alpha=-rate)
+        state["step"] += 1
+
+
+def gradient_norms(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """The L2 norm of each tensor, a scalar each, summed in fp32."""
+    return list(torch._foreach_norm(list(gradients), 2, dtype=torch.float32))
+
+
+def _pieces(tensors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+    """Each tensor in pieces that fit in a CPU's cache: a step's ten passes then run there, not in memory."""
+    if all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in tensors):
+        return [tensor.view(-1).split(_CACHED) for tensor in tensors]
+    return [(tensor,) for tensor in tensors]
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The trainable parameters in two groups: biases and LayerNorms, which do not decay, and the others."""
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    exempt = [p for name, p in trainable if name.endswith("bias") or "LayerNorm" in name]
+    decayed = [p for name, p in trainable if not (name.endswith("bias") or "LayerNorm" in name)]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]

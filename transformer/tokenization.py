@@ -1,0 +1,236 @@
+"""Text to WordPiece ids, equal to those of BERT's original Python tokenizer, at the speed of Rust.
+
+The original works in two steps (Devlin et al. 2019, section 3; WordPiece: Wu et al. 2016, section
+4.1): basic tokens, cut at spaces, punctuation and CJK ideographs, then the longest pieces of the
+vocabulary that make up each of them. The second step is always the Rust `tokenizers` library's.
+The first is too where its Unicode tables and Python's agree for certain (`_AGREEING`), which is
+nearly all text; any other text takes the plain Python functions below.
+
+Not here: [CLS] and [SEP] around sentences, truncation, padding.
+"""
+
+import io
+import os
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
+
+from transformer.errors import UserError
+
+VOCABULARY_NAME = "vocab.txt"
+SPECIAL_TOKENS = ("[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]")
+_REQUIRED_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+_LONGEST_WORD = 100  # characters; a longer basic token is [UNK]
+_CHUNK = 4096  # texts a call into Rust: enough for all cores, few enough to bound memory
+
+# Characters of which both sides make the same basic tokens, whatever stands around them. Left out of
+# these blocks, for one reason each: "[" begins the special tokens, which the original keeps whole;
+# what is dropped (control, format and unassigned characters) could hide one, as in "[MA\x00SK]";
+# combining marks are reordered by NFD; a capital sigma's lower case depends on the letters after it.
+# test_tokenization.py tries each code point.
+_AGREEING = (
+    "\t\n\r -Z\\\\-~"  # ASCII
+    "\u00a0-\u00ac\u00ae-\u02ff\u1e00-\u1eff"  # Latin, phonetic letters
+    "\u0384-\u038a\u038c\u038e-\u03a1\u03a4-\u03ff"  # Greek
+    "\u0400-\u0482\u048a-\u052f"  # Cyrillic
+    "\u0531-\u0556\u0561-\u0587\u10d0-\u10f8"  # Armenian, Georgian
+    "\u05d0-\u05ea\u0621-\u063a\u0640-\u064a\u0660-\u066f"  # Hebrew, Arabic without vowel signs
+    "\u2000-\u200a\u2010-\u2027\u202f-\u205f"  # spaces, general punctuation
+    "\u2074-\u208e\u20a0-\u20bd"  # superscripts, subscripts, currencies
+    "\u2100-\u2189\u2190-\u23f3\u2460-\u2b4c"  # letter-like, numbers, arrows, mathematics, symbols
+    "\u3000-\u3029\u3030-\u303f\u3041-\u3096\u309b-\u30ff"  # CJK punctuation, kana
+    "\u3105-\u312d\u3131-\u318e\uac00-\ud7a3"  # Bopomofo, Hangul
+    "\u3400-\u4db5\u4e00-\u9fa5\uf900-\ufa6d"  # CJK ideographs
+    "\uff01-\uff9f\uffe0-\uffe6"  # full- and half-width forms
+    "\U0001f300-\U0001f64f\U0001f680-\U0001f6c5"  # pictographs, emoticons
+)
+_NEEDS_PYTHON = re.compile(f"[^{_AGREEING}]")
+
+# The original's list, which leaves out the newer extensions and holds a few that are no ideographs.
+_IDEOGRAPHS = re.compile(
+    "[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002b73f"
+    "\U0002b740-\U0002b81f\U0002b820-\U0002ceaf\U0002f800-\U0002fa1f]"
+)
+_ASCII_PUNCTUATION = frozenset("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")  # some are symbols to Unicode
+
+
+@cache
+def _clean(char: str) -> str:
+    """The character itself, a space, nothing, or an ideograph between spaces."""
+    category = unicodedata.category(char)
+    if char in "\t\n\r" or category == "Zs":
+        return " "
+    # Category C: control, format, surrogate, private use, and unassigned in this Python's tables.
+    if category.startswith("C") or char == "\ufffd":
+        return ""
+    return f" {char} " if _IDEOGRAPHS.match(char) else char
+
+
+@cache
+def _strip_accents(char: str) -> str:
+    """The character without its accents: NFD less the non-spacing marks.
+
+    For a whole word NFD also sorts its marks, in quadratic time. Those that sorting could leave in
+    another order here (notes of music, Hangul tone marks) are in no BERT vocabulary: [UNK] either way.
+    """
+    return "".join(part for part in unicodedata.normalize("NFD", char) if unicodedata.category(part) != "Mn")
+
+
+@cache
+def _part_punctuation(char: str) -> str:
+    """The character, between spaces if it is punctuation."""
+    punctuation = char in _ASCII_PUNCTUATION or unicodedata.category(char).startswith("P")
+    return f" {char} " if punctuation else char
+
+
+def _read_vocabulary(content: bytes, where: Path) -> dict[str, int]:
+    """The tokens of a vocabulary file, one a line, numbered from 0. Raises UserError."""
+    try:
+        # Any line ending will do, as in text mode; a byte order mark is no part of the first token.
+        lines = list(io.StringIO(content.decode("utf-8-sig"), newline=None))
+    except UnicodeDecodeError as error:
+        line_number = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{where}: line {line_number} is not UTF-8; save the vocabulary as UTF-8") from None
+    vocab: dict[str, int] = {}
+    for index, line in enumerate(lines):
+        token = line.strip()
+        if token in vocab:
+            raise UserError(
+                f"{where}: line {index + 1} repeats the token {token!r} of line {vocab[token] + 1}; "
+                "each token must stand once, or ids and embeddings disagree"
+            )
+        vocab[token] = index
+    if not vocab:
+        raise UserError(f"{where} is empty; put the vocabulary of the model there, one token a line")
+    missing = [token for token in _REQUIRED_TOKENS if token not in vocab]
+    if missing:
+        raise UserError(f"{where} has no {' '.join(missing)}; give the vocabulary of a BERT model")
+    return vocab
+
+
+class BertTokenizer:
+    """WordPieces and their ids, from a vocabulary file of one token a line.
+
+    `vocab` maps tokens to ids (line numbers from 0). `mask_token_id` is None where the vocabulary
+    has no [MASK]. With `do_lower_case`, text is lower-cased and loses its accents.
+
+    Raises UserError if the file cannot be read, is empty, is not UTF-8, repeats a token, or lacks
+    [PAD], [UNK], [CLS] or [SEP].
+    """
+
+    def __init__(self, vocab_file: str | Path, do_lower_case: bool = True) -> None:
+        path = Path(vocab_file)
+        try:
+            self._content = path.read_bytes()
+        except OSError as error:
+            raise UserError(
+                f"cannot read the vocabulary {path} ({error.strerror}); "
+                f"give a model folder that holds {VOCABULARY_NAME}"
+            ) from None
+        self.vocab = _read_vocabulary(self._content, path)
+        self.do_lower_case = do_lower_case
+        self.pad_token_id = self.vocab["[PAD]"]
+        self.unk_token_id = self.vocab["[UNK]"]
+        self.cls_token_id = self.vocab["[CLS]"]
+        self.sep_token_id = self.vocab["[SEP]"]
+        self.mask_token_id = self.vocab.get("[MASK]")
+        self._tokens = list(self.vocab)
+
+        # No special token is added to either: Rust would find it inside a word, the original does not.
+        pieces = WordPiece(self.vocab, unk_token="[UNK]", max_input_chars_per_word=_LONGEST_WORD)
+        self._from_words = Tokenizer(pieces)
+        self._from_text = Tokenizer(pieces)
+        self._from_text.normalizer = BertNormalizer(
+            clean_text=True,
+            handle_chinese_chars=True,
+            strip_accents=do_lower_case,
+            lowercase=do_lower_case,
+        )
+        self._from_text.pre_tokenizer = BertPreTokenizer()
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, do_lower_case: bool = True) -> "BertTokenizer":
+        """The tokenizer of a model folder, from its vocab.txt. Raises UserError as the class does."""
+        return cls(Path(folder) / VOCABULARY_NAME, do_lower_case)
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def basic_tokenize(self, text: str) -> list[str]:
+        """The words, punctuation marks and ideographs of a text, before they are cut into pieces.
+
+        Special tokens stay whole where they stand alone: "a [MASK] b", not "a[MASK]b".
+        """
+        words: list[str] = []
+        for word in "".join(map(_clean, text)).split():
+            if word in SPECIAL_TOKENS:
+                words.append(word)
+                continue
+            if self.do_lower_case:
+                word = "".join(map(_strip_accents, word.lower()))
+            words.extend("".join(map(_part_punctuation, word)).split())
+        return words
+
+    def tokenize(self, text: str) -> list[str]:
+        """The WordPieces of a text, without [CLS] and [SEP]."""
+        return self.convert_ids_to_tokens(self.encode_batch([text])[0])
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, without [CLS] and [SEP], on all cores (see TOKENIZERS_PARALLELISM)."""
+        ids: list[list[int]] = []
+        for start in range(0, len(texts), _CHUNK):
+            ids.extend(self._encode_chunk(texts[start : start + _CHUNK]))
+        return ids
+
+    def _encode_chunk(self, texts: Sequence[str]) -> list[list[int]]:
+        plain = [not _NEEDS_PYTHON.search(text) for text in texts]
+        from_text = self._from_text.encode_batch_fast(
+            [text for text, agreed in zip(texts, plain, strict=True) if agreed], add_special_tokens=False
+        )
+        from_words = self._from_words.encode_batch_fast(
+            [self.basic_tokenize(text) for text, agreed in zip(texts, plain, strict=True) if not agreed],
+            is_pretokenized=True,
+            add_special_tokens=False,
+        )
+        fast, slow = iter(from_text), iter(from_words)
+        return [next(fast if agreed else slow).ids for agreed in plain]
+
+    def convert_tokens_to_ids(self, tokens: Iterable[str]) -> list[int]:
+        """The id of each token. Raises ValueError, naming it, for one the vocabulary lacks."""
+        ids: list[int] = []
+        for token in tokens:
+            if token not in self.vocab:
+                raise ValueError(f"token {token!r} is not in the vocabulary")
+            ids.append(self.vocab[token])
+        return ids
+
+    def convert_ids_to_tokens(self, ids: Iterable[int]) -> list[str]:
+        """The token of each id. Raises ValueError, naming it, for one outside the vocabulary."""
+        tokens: list[str] = []
+        for index in ids:
+            if not 0 <= index < len(self._tokens):
+                raise ValueError(f"id {index} is outside the vocabulary of {len(self._tokens)} tokens")
+            tokens.append(self._tokens[index])
+        return tokens
+
+    def save_vocabulary(self, folder: str | Path) -> Path:
+        """Write vocab.txt, byte for byte as it was read, whole or not at all; returns its path."""
+        target = Path(folder) / VOCABULARY_NAME
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{VOCABULARY_NAME}.{os.getpid()}")
+        try:
+            with partial.open("wb") as file:
+                file.write(self._content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
+        return target
