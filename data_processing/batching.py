@@ -19,6 +19,8 @@ from torch import Tensor
 
 from data_processing.features import Features
 
+_STEPS_SORTED_TOGETHER = 50
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -93,7 +95,9 @@ class TrainingPlan:
     """The order in which a training set is learned.
 
     Each epoch is a new shuffle of all examples, cut into steps of `batch_size`; the last step of an
-    epoch takes what is left. Each step is cut into `accumulation` micro-batches for each of
+    epoch takes what is left. With `group_by_length` the examples of a step are of like length, so
+    that little is padded: of each 50 steps in the shuffle the examples are sorted, and then the order
+    of all steps is shuffled. Each step is cut into `accumulation` micro-batches for each of
     `world_size` processes, as even as can be; some may be empty.
     """
 
@@ -104,6 +108,7 @@ class TrainingPlan:
     accumulation: int = 1
     rank: int = 0
     world_size: int = 1
+    group_by_length: bool = False
 
     @property
     def steps_per_epoch(self) -> int:
@@ -112,11 +117,25 @@ class TrainingPlan:
 
     def epoch(self, number: int) -> Iterator[Step]:
         """The steps of an epoch, counted from 0."""
-        order = np.random.default_rng([self.seed, number]).permutation(len(self.lengths))
-        for start in range(0, len(order), self.batch_size):
-            examples = order[start : start + self.batch_size]
+        random = np.random.default_rng([self.seed, number])
+        order = random.permutation(len(self.lengths))
+        for examples in self._grouped(order, random) if self.group_by_length else self._cut(order):
             parts = np.array_split(examples, self.accumulation * self.world_size)
             yield Step(parts[self.rank :: self.world_size], self.padding.totals(self.lengths[examples]))
+
+    def _cut(self, order: np.ndarray) -> list[np.ndarray]:
+        return [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+
+    def _grouped(self, order: np.ndarray, random: np.random.Generator) -> list[np.ndarray]:
+        full = len(order) // self.batch_size * self.batch_size
+        window = _STEPS_SORTED_TOGETHER * self.batch_size
+        sorted_windows = [
+            part[np.argsort(self.lengths[part], kind="stable")]
+            for part in (order[start : min(start + window, full)] for start in range(0, full, window))
+        ]
+        steps = self._cut(np.concatenate(sorted_windows)) if sorted_windows else []
+        random.shuffle(steps)
+        return steps + self._cut(order[full:])
 
 
 def prepared(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:

@@ -1,12 +1,29 @@
-"""Where a process runs: its device, its place among the processes, its seeds."""
+"""Where a process runs: its device, its place among the processes, its seeds, its threads.
+
+Devices are chosen when a run starts: torch_npu is imported only where an NPU is asked for, or by
+torch itself. Nothing here starts processes (`launch.py`).
+"""
 
 from __future__ import annotations
 
+import importlib
+import os
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
+from torch import distributed
+
+from transformer.errors import UserError
+
+# The names of flags and logs, and torch's.
+_TORCH_NAMES = {"npu": "npu", "gpu": "cuda", "cpu": "cpu"}
+BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
 
 
 @dataclass(frozen=True)
@@ -25,8 +42,85 @@ class Process:
     @property
     def label(self) -> str:
         """The name that the fps logs give it, as NPU:0."""
-        kind = {"cuda": "GPU"}.get(self.device.type, self.device.type.upper())
-        return f"{kind}:{self.device.index if self.device.index is not None else self.rank}"
+        kind = next(name for name, torch_name in _TORCH_NAMES.items() if torch_name == self.device.type)
+        return f"{kind.upper()}:{self.rank if self.device.index is None else self.device.index}"
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value that each process gives, in the order of their ranks; every process gets them all."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        distributed.all_gather_object(values, value)
+        return values
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A part of the run that all processes pass, or none: a UserError in one is raised in all."""
+        message = None
+        try:
+            yield
+        except UserError as error:
+            message = str(error)
+        first = next((text for text in self.gather(message) if text is not None), None)
+        if first is not None:
+            raise UserError(first)
+
+
+def choose_device(name: str) -> str:
+    """The torch device type for --device: npu, cuda or cpu.
+
+    Raises:
+        UserError: the machine has no such device.
+    """
+    if name == "auto":
+        return next(kind for kind in ("npu", "cuda", "cpu") if kind == "cpu" or _device_count(kind))
+    kind = _TORCH_NAMES[name]
+    if kind != "cpu" and not _device_count(kind):
+        needs = {
+            "npu": "an Ascend NPU with its toolkit and torch_npu (requirements-npu.txt)",
+            "cuda": "a GPU and a build of torch for it",
+        }[kind]
+        raise UserError(f"--device {name}: there is none here; it needs {needs}")
+    return kind
+
+
+def check_ids(kind: str, ids: tuple[int, ...]) -> None:
+    """Checks that the machine has the devices of these ids; on a CPU they only count processes.
+
+    Raises:
+        UserError: it has fewer.
+    """
+    if kind == "cpu":
+        return
+    count = _device_count(kind)
+    if max(ids) >= count:
+        raise UserError(
+            f"--device_list {','.join(map(str, ids))}: this machine has {count} of these devices, "
+            f"numbered from 0; give ids below {count}"
+        )
+
+
+def open_device(kind: str, index: int) -> torch.device:
+    """Makes a device this process's own and returns it; of an accelerator, the one with that id."""
+    if kind == "cpu":
+        return torch.device("cpu")
+    _backend(kind).set_device(index)
+    return torch.device(kind, index)
+
+
+def _device_count(kind: str) -> int:
+    try:
+        backend = _backend(kind)
+    except (AttributeError, ImportError):
+        return 0
+    return backend.device_count() if backend.is_available() else 0
+
+
+def _backend(kind: str) -> ModuleType:
+    """torch.cuda or torch.npu; the latter is torch_npu's, which is imported if torch has not done so."""
+    if kind == "npu" and not hasattr(torch, "npu"):
+        importlib.import_module("torch_npu")
+    return getattr(torch, kind)
 
 
 def seed_process(seed: int, rank: int) -> None:
@@ -39,4 +133,13 @@ def seed_process(seed: int, rank: int) -> None:
 def synchronize(device: torch.device) -> None:
     """Waits until the device has done what it was told, so that a clock read next is right."""
     if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+        _backend(device.type).synchronize()
+
+
+def share_cores(processes: int) -> int:
+    """The threads that each of so many processes on this machine may use; a user's OMP_NUM_THREADS goes first."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if given.isdigit() and int(given):
+        return int(given)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // processes)

@@ -45,19 +45,24 @@ def predict(
     process: Process,
     precision: Precision,
 ) -> np.ndarray:
-    """The model's logits [examples, labels], in the features' order. Leaves the model in the mode it had."""
+    """The model's logits [examples, labels], in the features' order, in every process.
+
+    Each process asks the model about its own share of the examples. The model is left in the mode it had.
+    """
     was_training = model.training
     model.eval()
-    logits = []
+    share = np.array_split(np.arange(len(features)), process.world_size)[process.rank]
+    logits = [np.empty((0, model.num_labels), dtype=np.float32)]
     with torch.no_grad(), precision.autocast():
-        for examples in np.array_split(np.arange(len(features)), math.ceil(len(features) / batch_size)):
+        for start in range(0, len(share), batch_size):
+            examples = share[start : start + batch_size]
             batch = padding.collate(features, examples).to(process.device)
             output = model(
                 batch.input_ids, batch.token_type_ids, batch.attention_mask, hidden_layers=(), attention_layers=()
             )
-            logits.append(output.logits.float().cpu())
+            logits.append(output.logits.float().cpu().numpy())
     model.train(was_training)
-    return torch.cat(logits).numpy()
+    return np.concatenate(process.gather(np.concatenate(logits)))
 
 
 def evaluate(

@@ -28,7 +28,7 @@ from distillation.models import (
 from distillation.options import Options, Stage
 from distillation.precision import Precision, choose_precision
 from distillation.stages import FineTuning, IntermediateStage, PredictionStage, TrainingStage, freeze_unused
-from distillation.trainer import Schedule, Trainer
+from distillation.trainer import Outcome, Schedule, Trainer
 from transformer.errors import UserError
 from transformer.heads import TinyBertForSequenceClassification
 from transformer.tokenization import BertTokenizer
@@ -50,104 +50,138 @@ def run(options: Options, process: Process) -> None:
 
 
 def _train(options: Options, process: Process) -> None:
-    sources = options.teacher_model, options.student_model, options.data_dir
-    check_output_dir(options.output_dir, options.overwrite_output_dir, sources)
-    teacher, learner = _models(options)
-    stage = _stage(options, teacher, learner)
-    check_lengths(learner.model.config, learner.folder, options.task, options.max_seq_length)
-    examples = read_examples(_training_file(options), options.task)
-    dev = DevSets.read(options, learner.tokenizer)
-    features = make_features(examples, learner.tokenizer, options.max_seq_length)
+    with process.together():
+        parts = TrainingParts.read(options, process)
+    with process.together():
+        if process.is_main:
+            make_folder(options.output_dir, "--output_dir")
+        log = RunLog(options.fps_acc_dir, options.log_name(process.world_size), process)
+    with log:
+        _teach(options, process, parts, log)
+    if options.performance:
+        logger.info("End performance testing. Ready to exit.")
 
+
+@dataclass(frozen=True)
+class TrainingParts:
+    """What a training run reads: the models, the stage's loss, the training and dev sets."""
+
+    teacher: LoadedModel | None
+    learner: LoadedModel
+    stage: TrainingStage
+    features: Features
+    dev: DevSets
+
+    @classmethod
+    def read(cls, options: Options, process: Process) -> TrainingParts:
+        """Reads and checks all that the flags name; writes nothing.
+
+        Raises:
+            UserError: part of it is missing, broken, or does not fit the rest.
+        """
+        if process.is_main:  # alone: to the others the folder may already be this run's own
+            sources = options.teacher_model, options.student_model, options.data_dir
+            check_output_dir(options.output_dir, options.overwrite_output_dir, sources)
+        teacher, learner = _models(options)
+        stage = _stage(options, teacher, learner)
+        check_lengths(learner.model.config, learner.folder, options.task, options.max_seq_length)
+        examples = read_examples(_training_file(options), options.task)
+        dev = DevSets.read(options, learner.tokenizer)
+        features = make_features(examples, learner.tokenizer, options.max_seq_length)
+        return cls(teacher, learner, stage, features, dev)
+
+
+def _teach(options: Options, process: Process, parts: TrainingParts, log: RunLog) -> None:
+    learner, stage, dev = parts.learner, parts.stage, parts.dev
     precision = _precision(options, process)
-    make_folder(options.output_dir, "--output_dir")
+    padding = _padding(options, learner)
     learner.model.to(process.device)
     freeze_unused(learner.model, stage.unused)
-    padding = _padding(options, learner)
+    _say_settings(options, process, parts)
+    if parts.teacher is not None:
+        teacher = parts.teacher.model.to(process.device)
+        precision.prepare_frozen(teacher)
+        for name, judged in dev.judge(teacher, padding, process, precision).items():
+            logger.info("the teacher's own %s", _shown(name, judged))
+            log.record("teacher", file=name, **judged.metrics)
+
+    def judge(step: int) -> float:
+        results = dev.judge(learner.model, padding, process, precision)
+        for name, judged in results.items():
+            logger.info("step %d: %s", step, _shown(name, judged))
+            log.record("eval", file=name, step=step, **judged.metrics)
+        if process.is_main:
+            write_results(options.output_dir, options.task, results, global_step=step)
+        return results[options.task.dev_files[0]].metrics[options.task.chosen_by]
+
+    def save() -> None:
+        if process.is_main:
+            weights = precision.weights(learner.model)
+            save_model(options.output_dir, learner.model.config, weights, learner.tokenizer)
+
     plan = TrainingPlan(
-        features.lengths,
+        parts.features.lengths,
         options.train_batch_size,
         padding,
         options.seed,
         options.gradient_accumulation_steps,
         process.rank,
         process.world_size,
+        options.group_by_length,
     )
-    with RunLog(options.fps_acc_dir, options.log_name, process) as log:
-        _say_settings(options, process, learner.model, features)
-        if teacher is not None:
-            teacher.model.to(process.device)
-            precision.prepare_frozen(teacher.model)
-            for name, judged in dev.judge(teacher.model, padding, process, precision).items():
-                logger.info("the teacher's own %s", _shown(name, judged))
-                log.record("teacher", file=name, **judged.metrics)
+    seed_process(options.seed, process.rank)  # from here on each process draws its own dropout
+    trainer = Trainer(
+        learner.model,
+        stage,
+        parts.features,
+        plan,
+        _schedule(options),
+        process,
+        precision,
+        log,
+        judge,
+        save,
+        title=options.stage.value,
+    )
+    _say_outcome(options, trainer.run(), log)
 
-        def judge(step: int) -> float:
-            results = dev.judge(learner.model, padding, process, precision)
-            for name, judged in results.items():
-                logger.info("step %d: %s", step, _shown(name, judged))
-                log.record("eval", file=name, step=step, **judged.metrics)
-            if process.is_main:
-                write_results(options.output_dir, options.task, results, global_step=step)
-            return results[options.task.dev_files[0]].metrics[options.task.chosen_by]
 
-        def save() -> None:
-            if process.is_main:
-                weights = precision.weights(learner.model)
-                save_model(options.output_dir, learner.model.config, weights, learner.tokenizer)
-
-        seed_process(options.seed, process.rank)  # from here on each process draws its own dropout
-        trainer = Trainer(
-            learner.model,
-            stage,
-            features,
-            plan,
-            _schedule(options),
-            process,
-            precision,
-            log,
-            judge,
-            save,
-            options.stage.value,
-        )
-        outcome = trainer.run()
-        if stage.by_metric:
-            chosen = f"{options.task.dev_files[0]} chose the checkpoint of step {outcome.best_step}"
-            logger.info("best %s %.4f (%s)", options.task.chosen_by, outcome.best, chosen)
-        aside = ", ".join(f"{name} {clock(seconds)}" for name, seconds in outcome.seconds.items())
-        logger.info("%d steps, FPS %.2f; beside training: %s", outcome.steps, outcome.fps, aside)
-        best = outcome.best if stage.by_metric else None
-        if outcome.skipped:
-            logger.info("%d steps were skipped because a gradient overflowed", outcome.skipped)
-        log.record(
-            "end",
-            steps=outcome.steps,
-            fps=outcome.fps,
-            best=best,
-            seconds_aside=outcome.seconds,
-            skipped=outcome.skipped,
-        )
-        logger.info("the model is in %s", options.output_dir)
-    if options.performance:
-        logger.info("End performance testing. Ready to exit.")
+def _say_outcome(options: Options, outcome: Outcome, log: RunLog) -> None:
+    chooser = options.task.dev_files[0]
+    best = outcome.best if outcome.best_step else None
+    if best is not None:
+        step = outcome.best_step
+        logger.info("best %s %.4f (%s chose the checkpoint of step %d)", options.task.chosen_by, best, chooser, step)
+    if outcome.skipped:
+        logger.info("%d steps were skipped because a gradient overflowed", outcome.skipped)
+    aside = ", ".join(f"{name} {clock(seconds)}" for name, seconds in outcome.seconds.items())
+    logger.info("%d steps, FPS %.2f; beside training: %s", outcome.steps, outcome.fps, aside)
+    log.record(
+        "end",
+        steps=outcome.steps,
+        fps=outcome.fps,
+        best=best,
+        seconds_aside=outcome.seconds,
+        skipped=outcome.skipped,
+    )
+    logger.info("the model is in %s", options.output_dir)
 
 
 def _evaluate_only(options: Options, process: Process) -> None:
     assert options.student_model is not None  # the options' own check
-    loaded = load_complete(options.student_model, options.task, options.do_lower_case)
-    check_lengths(loaded.model.config, loaded.folder, options.task, options.max_seq_length)
-    dev = DevSets.read(options, loaded.tokenizer)
+    with process.together():
+        loaded = load_complete(options.student_model, options.task, options.do_lower_case)
+        check_lengths(loaded.model.config, loaded.folder, options.task, options.max_seq_length)
+        dev = DevSets.read(options, loaded.tokenizer)
     precision = _precision(options, process)
-    make_folder(options.output_dir, "--output_dir")
     loaded.model.to(process.device)
     precision.prepare_frozen(loaded.model)
-    with RunLog(options.fps_acc_dir, options.log_name, process) as log:
+    with RunLog(options.fps_acc_dir, options.log_name(process.world_size), process) as log:
         results = dev.judge(loaded.model, _padding(options, loaded), process, precision)
         parameters = sum(p.numel() for p in loaded.model.parameters())
         for name, judged in results.items():
             logger.info("%s: %s", options.student_model, _shown(name, judged))
-            chosen = judged.metrics[options.task.chosen_by]
-            log.line(0, 0, judged.examples_per_second, chosen)
+            log.line(0, 0, judged.examples_per_second, judged.metrics[options.task.chosen_by])
             log.record(
                 "eval",
                 file=name,
@@ -255,17 +289,17 @@ def _schedule(options: Options) -> Schedule:
     )
 
 
-def _say_settings(
-    options: Options, process: Process, model: TinyBertForSequenceClassification, features: Features
-) -> None:
-    parameters = sum(p.numel() for p in model.parameters())
+def _say_settings(options: Options, process: Process, parts: TrainingParts) -> None:
+    processes = f" in {process.world_size} processes" if process.world_size > 1 else ""
+    parameters = sum(p.numel() for p in parts.learner.model.parameters())
     logger.info(
-        "%s of %s on %s: %d examples of %.1f tokens, batch %d, %g epochs, %.1f million parameters",
+        "%s of %s on %s%s: %d examples of %.1f tokens, batch %d, %g epochs, %.1f million parameters",
         options.stage.value,
         options.task.name,
         process.device,
-        len(features),
-        features.lengths.mean(),
+        processes,
+        len(parts.features),
+        parts.features.lengths.mean(),
         options.train_batch_size,
         options.num_train_epochs,
         parameters / 1e6,

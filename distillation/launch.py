@@ -1,36 +1,227 @@
-"""Starts a run: makes the processes that the flags ask for, and turns a user's mistake into one line."""
+"""Starts a run: makes the processes that the flags ask for, and turns a user's mistake into one line.
+
+One id in --device_list: this process. Several: as many processes are spawned on this machine. Under
+torchrun: this process is one of those that torchrun made, here or on several machines.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import socket
 import sys
+import threading
+import time
+import traceback
 from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import NamedTuple, NoReturn
 
 import torch
+from torch import distributed
 
 from distillation import jobs
-from distillation.device import Process
+from distillation.device import BACKENDS, Process, check_ids, choose_device, open_device, share_cores
 from distillation.logs import show_messages
 from distillation.options import Options
 from transformer.errors import UserError
 
 USER_ERROR_STATUS = 2
+_TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_SECONDS_TO_FAIL_TOGETHER = 1.0
+_SECONDS_TO_END = 5.0
 
 
-def launch(options: Options) -> None:
-    """Runs on one device, in this process."""
-    jobs.run(options, Process(torch.device("cpu")))
+class RunFailed(Exception):
+    """A process of the run died; the message says which and how, a traceback included where there is one."""
+
+
+class Report(NamedTuple):
+    """What a spawned process says when it fails: a user's mistake, or a traceback."""
+
+    user_error: bool
+    text: str
 
 
 def run_entry(prog: str, entry: Callable[[Sequence[str]], None]) -> int:
     """Runs an entry on the command line's arguments; returns the exit status.
 
-    A UserError is printed to standard error as one line and gives 2. Any other exception is a fault
-    of this project and keeps its traceback.
+    A UserError is printed to standard error as one line and gives 2; of torchrun's processes on a
+    machine, which all meet the same one, only the first prints it. Any other exception is a fault of
+    this project and keeps its traceback.
     """
-    show_messages()
+    show_messages(enabled=os.environ.get("RANK", "0") == "0")
     try:
         entry(sys.argv[1:])
     except UserError as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{prog}: error: {error}", file=sys.stderr)
         return USER_ERROR_STATUS
+    except RunFailed as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return 1
     return 0
+
+
+def launch(options: Options) -> None:
+    """Runs what the options ask for, in as many processes as they name, to the end.
+
+    Raises:
+        UserError: what the flags name cannot be used.
+        RunFailed: a spawned process died.
+    """
+    kind = choose_device(options.device)
+    if all(name in os.environ for name in _TORCHRUN_VARIABLES):
+        _run_under_torchrun(options, kind)
+        return
+    check_ids(kind, options.device_list)
+    if len(options.device_list) == 1:
+        jobs.run(options, Process(open_device(kind, options.device_list[0])))
+    else:
+        _spawn(options, kind)
+
+
+def _run_under_torchrun(options: Options, kind: str) -> None:
+    """Runs as the process that torchrun's environment describes."""
+    rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    # A list that names a device for each process here is honoured, else they are numbered from 0.
+    ids = options.device_list if len(options.device_list) >= local else tuple(range(local))
+    check_ids(kind, ids)
+    torch.set_num_threads(share_cores(local))
+    process = Process(open_device(kind, ids[local_rank]), rank, world_size)
+    distributed.init_process_group(BACKENDS[kind], device_id=process.device if kind == "cuda" else None)
+    try:
+        jobs.run(options, process)
+    finally:
+        distributed.destroy_process_group()
+
+
+def _spawn(options: Options, kind: str) -> None:
+    """Runs one process for each id of --device_list; when one fails all are ended, and the cause is raised once."""
+    count = len(options.device_list)
+    threads = share_cores(count)
+    for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS"):  # read when torch and tokenizers are first imported
+        os.environ.setdefault(name, str(threads))
+    store = _open_store(options)
+    context = multiprocessing.get_context("spawn")
+    children: list[BaseProcess] = []
+    reports: list[Connection] = []
+    try:
+        for rank in range(count):
+            receiver, sender = context.Pipe(duplex=False)
+            child = context.Process(
+                target=_run_as_child, args=(options, kind, rank, threads, store.port, sender), name=f"process {rank}"
+            )
+            child.start()
+            sender.close()
+            children.append(child)
+            reports.append(receiver)
+        _wait_for(children, reports)
+    finally:
+        _end(children)
+
+
+def _open_store(options: Options) -> distributed.TCPStore:
+    """Where the processes find each other: on --port, or on a free one.
+
+    Raises:
+        UserError: another program listens there, or the address is not this machine's.
+    """
+    try:
+        with socket.socket() as probe:  # the store itself would share a port with a listener on one address of it
+            probe.bind((options.addr, options.port or 0))
+        return distributed.TCPStore(options.addr, options.port or 0, is_master=True, wait_for_workers=False)
+    except (OSError, RuntimeError) as error:
+        where = f"--addr {options.addr}" + (f" --port {options.port}" if options.port else "")
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"{where}: cannot be listened on ({reason}); give another one") from None
+
+
+def _run_as_child(options: Options, kind: str, rank: int, threads: int, port: int, report: Connection) -> None:
+    """What a spawned process does. It reports how it failed, and prints nothing itself."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C reaches the parent too, which ends its children
+    show_messages(enabled=rank == 0)
+    try:
+        torch.set_num_threads(threads)
+        if kind == "cpu" and sys.platform == "linux":
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all are on this machine
+        process = Process(open_device(kind, options.device_list[rank]), rank, len(options.device_list))
+        store = distributed.TCPStore(options.addr, port, is_master=False)
+        distributed.init_process_group(BACKENDS[kind], store=store, rank=rank, world_size=process.world_size)
+        jobs.run(options, process)
+        distributed.destroy_process_group()
+    except UserError as error:
+        _fail(report, Report(True, str(error)), USER_ERROR_STATUS)
+    except BaseException:
+        _fail(report, Report(False, traceback.format_exc()), 1)
+
+
+def _fail(report: Connection, content: Report, status: int) -> NoReturn:
+    """Reports and ends at once: peers wait for this process, so nothing here may wait for them."""
+    report.send(content)
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
+def _wait_for(children: Sequence[BaseProcess], reports: Sequence[Connection]) -> None:
+    """Returns when all have ended well; raises the cause when one has not."""
+    running = list(children)
+    while running:
+        wait([child.sentinel for child in running])
+        if any(child.exitcode not in (None, 0) for child in children):
+            _raise_cause(children, reports)
+        running = [child for child in running if child.exitcode is None]
+
+
+def _raise_cause(children: Sequence[BaseProcess], reports: Sequence[Connection]) -> None:
+    """Raises what went wrong first.
+
+    A process whose peer is gone fails too, with an error of the connection. So a user's mistake, or a
+    process that something killed, is the cause before any traceback is.
+    """
+    time.sleep(_SECONDS_TO_FAIL_TOGETHER)
+    said = [_read(report) for report in reports]
+    for report in said:
+        if report is not None and report.user_error:
+            raise UserError(report.text)
+    for child, report in zip(children, said, strict=True):
+        if report is None and child.exitcode not in (None, 0):
+            raise RunFailed(f"{child.name} {_ending(child.exitcode)}; all processes were ended")
+    for child, report in zip(children, said, strict=True):
+        if report is not None:
+            raise RunFailed(f"{child.name} failed; all processes were ended\n{report.text}")
+
+
+def _read(report: Connection) -> Report | None:
+    try:
+        return report.recv() if report.poll() else None
+    except EOFError:  # it ended without a word
+        return None
+
+
+def _ending(exitcode: int | None) -> str:
+    if exitcode is not None and exitcode < 0:
+        return f"was killed by {signal.Signals(-exitcode).name}"
+    return f"ended with status {exitcode}"
+
+
+def _end(children: Sequence[BaseProcess]) -> None:
+    for child in children:
+        if child.is_alive():
+            child.terminate()
+    for child in children:
+        child.join(_SECONDS_TO_END)
+        if child.is_alive():
+            child.kill()
+            child.join()

@@ -20,12 +20,16 @@ from tqdm import tqdm
 
 from distillation.checkpoint import make_folder
 from distillation.device import Process, synchronize
+from transformer.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 
-def show_messages() -> None:
-    """Lets this project's messages appear on standard output, one plain line each."""
+def show_messages(enabled: bool = True) -> None:
+    """Lets this project's messages appear on standard output, one plain line each; or only warnings, elsewhere."""
+    if not enabled:
+        logging.basicConfig(level=logging.ERROR, force=True)
+        return
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
@@ -47,10 +51,13 @@ class RunLog:
         self._handler: logging.Handler | None = None
         if process.is_main:
             make_folder(folder, "--fps_acc_dir")
-            self._text = (folder / f"{name}.txt").open("a", encoding="utf-8")
-            self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+            try:
+                self._text = (folder / f"{name}.txt").open("a", encoding="utf-8")
+                self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+                self._handler = logging.FileHandler(folder / "debug_layer_loss.log", encoding="utf-8")
+            except OSError as error:
+                raise UserError(f"{error.filename}: the log cannot be written ({error.strerror})") from None
             self._files = [self._text, self._metrics]
-            self._handler = logging.FileHandler(folder / "debug_layer_loss.log", encoding="utf-8")
             self._handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
             logging.getLogger().addHandler(self._handler)
 

@@ -65,13 +65,13 @@ class Options:
     output_txt_step: int
     transfer_learning: bool
     padding: str
+    group_by_length: bool
     teacher_head: str | None
     overwrite_output_dir: bool
 
-    @property
-    def log_name(self) -> str:
-        """The name of the run's log in fps_acc_dir, without .txt."""
-        processes = f"{len(self.device_list)}p"
+    def log_name(self, world_size: int) -> str:
+        """The name of the log in fps_acc_dir of a run with so many processes, without .txt."""
+        processes = f"{world_size}p"
         if self.stage is Stage.EVALUATION:
             return f"train_eval_{processes}"
         if self.stage is Stage.FINETUNE:
@@ -132,6 +132,11 @@ def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
         default="longest",
         help="longest: pad a batch to its longest example, padding counts in no loss; "
         "max_length: pad to --max_seq_length and count padding, as the original does",
+    )
+    group.add_argument(
+        "--group_by_length",
+        action="store_true",
+        help="put examples of like length into a batch: faster with --padding longest",
     )
     group.add_argument("-j", "--workers", type=int, default=4, help="threads that prepare batches ahead")
 

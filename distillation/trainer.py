@@ -6,13 +6,17 @@ and saved is told by its caller.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from data_processing.batching import Batch, Step, Totals, TrainingPlan, prepared
 from data_processing.features import Features
@@ -101,7 +105,7 @@ class Trainer:
             t_total=self.stage_steps,
             schedule=stage.schedule,
         )
-        self.model = precision.prepare(model, self.optimizer)
+        self.model = self._distributed(precision.prepare(model, self.optimizer))
         self.outcome = Outcome()
         self._metric: float | None = None
         self._saved_at = time.monotonic()
@@ -119,7 +123,8 @@ class Trainer:
             parts = self._learn(batches, totals)
             self.outcome.steps += 1
             meter.count(totals.examples)
-            progress.advance(loss=f"{sum(parts.values()):.4f}", FPS=f"{meter.fps():.1f}")
+            # Of the other processes' parts no more is known here than that they are alike.
+            progress.advance(loss=f"{sum(parts.values()) * self.process.world_size:.4f}", FPS=f"{meter.fps():.1f}")
             last = self.outcome.steps == self.total_steps
             if last or self.outcome.steps % self.schedule.eval_step == 0:
                 self._look(meter, last)
@@ -147,23 +152,46 @@ class Trainer:
                     return
             epoch += 1
 
+    def _distributed(self, model: nn.Module) -> nn.Module:
+        """The model in a wrapper that averages gradients over the processes, where there are several."""
+        if self.process.world_size == 1:
+            return model
+        index = self.process.device.index
+        return DistributedDataParallel(
+            model,
+            device_ids=None if index is None else [index],
+            gradient_as_bucket_view=True,
+        )
+
     def _learn(self, batches: list[Batch], totals: Totals) -> dict[str, float]:
-        """One optimizer step over its micro-batches; returns the terms of its loss."""
+        """One optimizer step over its micro-batches; returns this process's part of each term of its loss."""
         self.optimizer.zero_grad()
         parts: dict[str, float] = {}
         for number, batch in enumerate(batches, start=1):
-            with self.precision.autocast():
-                terms = self.stage.losses(self.model, batch.to(self.process.device), totals)
-                loss = torch.stack(list(terms.values())).sum()
-            self.precision.backward(loss, last=number == len(batches))
+            last = number == len(batches)
+            with contextlib.nullcontext() if last else self._without_sync():
+                with self.precision.autocast():
+                    terms = self.stage.losses(self.model, batch.to(self.process.device), totals)
+                    loss = torch.stack(list(terms.values())).sum()
+                # The wrapper divides the sum of the processes' gradients by their number.
+                self.precision.backward(loss * self.process.world_size, last)
             for name, term in terms.items():
                 parts[name] = parts.get(name, 0.0) + term.item()
         if not self.precision.step(self.optimizer):
             self._stop_unless_overflow(parts)
         return parts
 
-    def _stop_unless_overflow(self, parts: dict[str, float]) -> None:
-        """After a step that was skipped: goes on only if the loss scale can be what was wrong."""
+    def _without_sync(self) -> AbstractContextManager[None]:
+        """A micro-batch that does not end a step keeps its gradients to this process."""
+        return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else contextlib.nullcontext()
+
+    def _over_all_processes(self, parts: dict[str, float]) -> dict[str, float]:
+        gathered = self.process.gather(parts)
+        return {name: sum(part[name] for part in gathered) for name in parts}
+
+    def _stop_unless_overflow(self, own_parts: dict[str, float]) -> None:
+        """After a step that was skipped, in every process: goes on only if the loss scale can be what was wrong."""
+        parts = self._over_all_processes(own_parts)
         finite = math.isfinite(sum(parts.values()))
         if self.precision.dynamic or (finite and self.precision.scale != 1.0):
             logger.info(
@@ -194,7 +222,8 @@ class Trainer:
                 self.save()
             self._saved_at = time.monotonic()
 
-    def _write_line(self, epoch: int, number: int, parts: dict[str, float], fps: float) -> None:
+    def _write_line(self, epoch: int, number: int, own_parts: dict[str, float], fps: float) -> None:
+        parts = self._over_all_processes(own_parts)
         self.log.line(epoch, number, fps, self._metric)
         rate = self.optimizer.rate(self.optimizer.param_groups[0], self.outcome.steps - 1)
         self.log.record(
