@@ -1,0 +1,30 @@
+"""Where the tests find the project, and how many threads they use."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only wait for one another
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import cases
+import pytest
+
+
+@pytest.fixture(scope="session", params=["sst2_small", "mnli_small"])
+def golden(request) -> cases.Golden:
+    """Each of the golden cases."""
+    return cases.Golden(request.param)
+
+
+@pytest.fixture
+def sst2(tmp_path) -> cases.Workplace:
+    """The golden SST-2 case as a user's folders: eight sentences, a teacher of six layers, a student of three."""
+    return cases.Golden("sst2_small").workplace(tmp_path)
+
+
+@pytest.fixture
+def mnli(tmp_path) -> cases.Workplace:
+    """The golden MNLI case as a user's folders: nine pairs, a teacher of eight layers, a student of two."""
+    return cases.Golden("mnli_small").workplace(tmp_path)
