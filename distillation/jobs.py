@@ -160,6 +160,7 @@ def _say_outcome(options: Options, outcome: Outcome, log: RunLog) -> None:
         "end",
         steps=outcome.steps,
         fps=outcome.fps,
+        fps_examples=outcome.examples,
         best=best,
         seconds_aside=outcome.seconds,
         skipped=outcome.skipped,

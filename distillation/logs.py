@@ -88,14 +88,14 @@ class FpsMeter:
     """Examples trained by all processes per second of wall time, loading of data included.
 
     Evaluation and saving are paused for, and their seconds kept apart. The first steps are left out:
-    they warm caches and allocators.
+    they warm caches and allocators. `examples` are those of the other steps.
     """
 
     def __init__(self, process: Process, total_steps: int) -> None:
         self._device = process.device
         self._skipped = min(10, total_steps // 10)
         self._steps = 0
-        self._examples = 0
+        self.examples = 0
         self._seconds = 0.0
         self._since = self._now()
         self.paused: dict[str, float] = {}
@@ -108,15 +108,15 @@ class FpsMeter:
         """A step is done that trained this many examples, over all processes."""
         self._steps += 1
         if self._steps > self._skipped:
-            self._examples += examples
+            self.examples += examples
         elif self._steps == self._skipped:
             self._seconds, self._since = 0.0, self._now()
 
     def fps(self) -> float:
         """Examples per second so far; 0 before the first step that counts."""
-        if not self._examples:
+        if not self.examples:
             return 0.0
-        return self._examples / (self._seconds + self._now() - self._since)
+        return self.examples / (self._seconds + self._now() - self._since)
 
     def pause(self, reason: str) -> _Pause:
         """A context whose time is counted for `reason` and not as training."""

@@ -53,7 +53,7 @@ class Schedule:
 class Outcome:
     """What came of a run.
 
-    best, best_step: the metric that chose the checkpoint, and its step. fps: see `FpsMeter`.
+    best, best_step: the metric that chose the checkpoint, and its step. fps, examples: see `FpsMeter`.
     seconds: spent beside training, by what for. skipped: steps whose gradients overflowed.
     """
 
@@ -61,6 +61,7 @@ class Outcome:
     best_step: int = 0
     steps: int = 0
     fps: float = 0.0
+    examples: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     skipped: int = 0
 
@@ -131,7 +132,7 @@ class Trainer:
             if last or (number + 1) % self.schedule.output_txt_step == 0:
                 self._write_line(epoch, number, parts, meter.fps())
         progress.close()
-        self.outcome.fps, self.outcome.seconds = meter.fps(), meter.paused
+        self.outcome.fps, self.outcome.examples, self.outcome.seconds = meter.fps(), meter.examples, meter.paused
         self.outcome.skipped = self.precision.skipped
         return self.outcome
 

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import ROOT, Golden, Workplace, command, read_bin
+from cases import ROOT, Golden, Workplace, command, edit_config, read_bin
 
 from data_processing.batching import Padding, TrainingPlan
-from distillation.device import Process, choose_device, share_cores
+from distillation.device import Process, choose_device, seed_process, share_cores
 from transformer.errors import UserError
 
 HERE = Path(__file__).parent
@@ -127,8 +127,9 @@ class TestStarting:
     """Spawned processes and torchrun's."""
 
     def test_torchrun_equals_spawned(self, tmp_path: Path) -> None:
-        """The same command, once with two ids and once under torchrun, gives the same weights and logs."""
+        """The same command, with two ids and under torchrun, gives the same weights, dropout's draws included."""
         place = Golden("sst2_small").workplace(tmp_path)
+        edit_config(place.student, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
         common = {"train_batch_size": BATCH, "num_train_epochs": 3, "pred_distill": True, "padding": "longest"}
         spawned = command(
             str(ROOT / "main.py"),
@@ -203,6 +204,17 @@ def check_two_process_logs(place: Workplace) -> None:
     progress = np.arange(total) / total
     expected = np.where(progress < 0.1, progress / 0.1, (1 - progress) / 0.9)
     np.testing.assert_allclose(rates, expected, rtol=1e-6)
+    # Trap 16: FPS counts each example once, not once for each process.
+    (end,) = place.events("end")
+    assert end["fps_examples"] == 3 * 8
+    # Trap 14: the evaluation that two processes share sees every example once, with its own label.
+    (evaluation,) = place.events("eval")
+    place.run(
+        do_eval=True, student_model=place.folder / "spawned", padding="longest", output_dir=place.folder / "alone"
+    )
+    alone = place.events("eval")[-1]
+    assert evaluation["acc"] == alone["acc"]
+    assert evaluation["eval_loss"] == pytest.approx(alone["eval_loss"], abs=1e-6)
     lines = (place.output / "train_full_2p_2.txt").read_text(encoding="utf-8").splitlines()
     assert len(lines) == total
     assert lines[0].startswith("[CPU:0]  epoch 0 step0 FPS")
@@ -264,6 +276,17 @@ def test_threads_are_shared_among_processes(monkeypatch: pytest.MonkeyPatch) -> 
     assert share_cores(10 * cores) == 1
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert share_cores(2) == 3
+
+
+def test_processes_draw_different_dropout() -> None:
+    """Trap 4: each process is seeded, by its rank; the same rank draws the same again."""
+
+    def draw(rank: int) -> torch.Tensor:
+        seed_process(42, rank)
+        return torch.nn.functional.dropout(torch.ones(100), 0.5)
+
+    assert torch.equal(draw(0), draw(0))
+    assert not torch.equal(draw(0), draw(1))
 
 
 def test_together_passes_on_nothing_when_all_is_well() -> None:

@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# Two machines, as torchrun sees them: two network namespaces joined by a cable (a veth pair), each with an
+# address of its own, one process of the run in each. The weights must equal those that two processes on
+# one machine make. Needs root and iproute2; it shows README's command for several machines at work.
+#
+#   bash test/two_machines.sh          # on a tiny generated case
+#
+# DATA_DIR, TEACHER_MODEL, STUDENT_MODEL: a case of your own. MAX_SEQ_LENGTH, EPOCHS.
+set -euo pipefail
+source "$(dirname "$0")/common.sh"
+
+if [ "$(id -u)" != 0 ] || ! command -v ip >/dev/null; then
+    echo "two_machines.sh: needs root and the command ip (Debian: apt-get install iproute2)" >&2
+    exit 2
+fi
+
+work=$(mktemp -d)
+first=tinybert-1-$$ second=tinybert-2-$$
+trap 'ip netns del "$first" 2>/dev/null; ip netns del "$second" 2>/dev/null; rm -rf "$work"' EXIT
+
+if [ -z "${DATA_DIR:-}" ]; then
+    "$PYTHON" test/unit/tiny_case.py "$work/case"
+fi
+
+ip netns add "$first"
+ip netns add "$second"
+ip link add cable0 netns "$first" type veth peer name cable1 netns "$second"
+ip -n "$first" addr add 10.77.0.1/24 dev cable0
+ip -n "$second" addr add 10.77.0.2/24 dev cable1
+for machine in "$first" "$second"; do ip -n "$machine" link set lo up; done
+ip -n "$first" link set cable0 up
+ip -n "$second" link set cable1 up
+
+flags=(main.py
+    --task_name SST-2
+    --data_dir "${DATA_DIR:-$work/case/data}"
+    --teacher_model "${TEACHER_MODEL:-$work/case/teacher}"
+    --student_model "${STUDENT_MODEL:-$work/case/student}"
+    --max_seq_length "${MAX_SEQ_LENGTH:-16}"
+    --num_train_epochs "${EPOCHS:-5}" --train_batch_size 5
+    --fps_acc_dir "$work/output" --device cpu "${switches[@]}")
+export OMP_NUM_THREADS=1
+
+# README's command, on each machine with its own --node_rank. GLOO_SOCKET_IFNAME names the network device.
+for rank in 0 1; do
+    machine=$first
+    if [ "$rank" = 1 ]; then machine=$second; fi
+    ip netns exec "$machine" env GLOO_SOCKET_IFNAME="cable$rank" TORCH_CPP_LOG_LEVEL=ERROR \
+        "$PYTHON" -m torch.distributed.run --nnodes 2 --node_rank "$rank" --nproc_per_node 1 \
+        --master_addr 10.77.0.1 --master_port 12000 \
+        "${flags[@]}" --output_dir "$work/two_machines" &
+    processes[rank]=$!
+done
+wait "${processes[0]}"
+wait "${processes[1]}"
+
+"$PYTHON" "${flags[@]}" --device_list 0,1 --output_dir "$work/one_machine"
+
+"$PYTHON" - "$work/two_machines" "$work/one_machine" <<'END'
+import sys
+import torch
+
+two, one = (torch.load(f"{folder}/pytorch_model.bin", weights_only=True) for folder in sys.argv[1:])
+difference = max(float((two[key] - one[key]).abs().max()) for key in one)
+print(f"two machines against two processes on one: the largest difference of a weight is {difference:g}")
+sys.exit(difference > 1e-6)
+END

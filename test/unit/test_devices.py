@@ -1,0 +1,82 @@
+"""--device npu, taken through whole runs on a stand-in device that torch itself is told of.
+
+The stand-in (`stand_in_npu.py`) computes on the CPU, so weights must equal those of the same run with
+--device cpu: what differs is every line of this project that a device goes through.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from cases import Golden, Run, Workplace, command, read_bin
+
+STAND_IN = Path(__file__).parent / "stand_in_npu.py"
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Workplace:
+    return Golden("sst2_small").workplace(tmp_path)
+
+
+def on_npu(place: Workplace, **changes: object) -> tuple[Run, list[str]]:
+    """main.py with --device npu, and what it called of torch.npu."""
+    log = place.folder / "calls.txt"
+    done = command(str(STAND_IN), str(log), *place.flags(device="npu", **changes), cwd=place.folder)
+    return done, log.read_text(encoding="utf-8").split("\n") if log.exists() else []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"padding": "longest"},
+        {"pred_distill": True, "gradient_accumulation_steps": 2},
+        # The prediction stage, where no weight is used twice: torch.autocast may add up such gradients in bf16.
+        {"pred_distill": True, "amp": True, "amp_dtype": "bf16", "opt_level": "O1"},
+        {"amp": True, "amp_dtype": "fp16", "opt_level": "O2", "loss_scale": "dynamic"},
+    ],
+    ids=["intermediate", "prediction", "O1", "O2"],
+)
+def test_a_whole_run_equals_the_cpus(place: Workplace, changes: dict[str, object]) -> None:
+    """Both stages, fp32 and mixed precision: the same weights, and the logs name the device."""
+    settings = {"train_batch_size": 5, "num_train_epochs": 3, "learning_rate": 5e-4, **changes}
+    place.run(**settings, output_dir=place.folder / "cpu", fps_acc_dir=place.folder / "cpu_logs")
+    done, calls = on_npu(place, **settings)
+    assert done.status == 0, done.err
+    assert "on npu:0" in done.out
+    ours, theirs = read_bin(place.model), read_bin(place.folder / "cpu")
+    for key in theirs:
+        torch.testing.assert_close(ours[key], theirs[key], atol=1e-6, rtol=0)
+    (log,) = place.output.glob("train_full_1p_*.txt")
+    assert log.read_text(encoding="utf-8").startswith("[NPU:0]  epoch 0 step0 FPS")
+    assert "set_device 0" in calls
+    assert "manual_seed_all 42" in calls
+    assert "synchronize" in calls  # a clock is read only when the device has done its work
+
+
+def test_the_id_is_honoured(place: Workplace) -> None:
+    """Trap 3: `--device_list 1` is the second card, not the first of one."""
+    done, calls = on_npu(place, do_eval=True, device_list="1")
+    assert done.status == 0, done.err
+    assert "set_device 1" in calls
+    assert "set_device 0" not in calls
+    assert (place.output / "train_eval_1p.txt").read_text(encoding="utf-8").startswith("[NPU:1]")
+
+
+def test_more_ids_than_devices(place: Workplace) -> None:
+    """One line tells how many there are; nothing is written."""
+    done, _ = on_npu(place, device_list="0,1,2,3,4,5,6,7")
+    assert done.status == 2
+    assert done.err.count("\n") == 1
+    assert "--device_list 0,1,2,3,4,5,6,7: this machine has 2 of these devices" in done.err
+    assert not place.output.exists()
+
+
+def test_auto_prefers_the_npu(place: Workplace) -> None:
+    """--device auto is npu, else gpu, else cpu."""
+    log = place.folder / "calls.txt"
+    done = command(str(STAND_IN), str(log), *place.flags(device="auto", do_eval=True), cwd=place.folder)
+    assert done.status == 0, done.err
+    assert (place.output / "train_eval_1p.txt").read_text(encoding="utf-8").startswith("[NPU:0]")
