@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from transformer.configuration import BertConfig
 from transformer.errors import UserError
-from transformer.file_utils import write_weights
+from transformer.file_utils import CONFIG_NAME, VOCAB_NAME, write_weights
 from transformer.tokenization import BertTokenizer
 
 
@@ -31,6 +32,19 @@ def check_output_dir(output_dir: Path, overwrite: bool, sources: tuple[Path | No
         )
 
 
+def check_can_make(folder: Path, flag: str) -> None:
+    """Checks, and makes nothing, that a folder exists or can be made, and may be written to.
+
+    Raises:
+        UserError: a file is in its way, or the user may not write there.
+    """
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        raise UserError(f"{folder}: the folder of {flag} cannot be made ({existing} is a file)")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{folder}: the folder of {flag} cannot be written ({existing}: no permission)")
+
+
 def make_folder(folder: Path, flag: str) -> None:
     """Makes a folder and its parents where they are missing.
 
@@ -44,15 +58,13 @@ def make_folder(folder: Path, flag: str) -> None:
 
 
 def save_model(folder: Path, config: BertConfig, weights: Mapping[str, Tensor], tokenizer: BertTokenizer) -> None:
-    """Writes vocab.txt, config.json and pytorch_model.bin; each replaces its older one in one moment.
+    """Writes vocab.txt, config.json and pytorch_model.bin; the older ones stay until all are on the disk.
 
     Raises:
         UserError: a file cannot be written; the older ones are whole.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        tokenizer.save_vocabulary(folder)
-        config.save_pretrained(folder)
-        write_weights(folder, weights)
+        write_weights(folder, weights, {VOCAB_NAME: tokenizer.vocabulary_file, CONFIG_NAME: config.to_json()})
     except OSError as error:
         raise UserError(f"{folder}: the model cannot be saved ({error.strerror or error})") from None

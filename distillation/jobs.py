@@ -12,10 +12,10 @@ from pathlib import Path
 from data_processing.batching import Padding, TrainingPlan
 from data_processing.features import Features, make_features, read_examples
 from data_processing.tasks import Task
-from distillation.checkpoint import check_output_dir, make_folder, save_model
+from distillation.checkpoint import check_can_make, check_output_dir, make_folder, save_model
 from distillation.device import Process, seed_process
 from distillation.evaluation import Evaluation, evaluate
-from distillation.logs import RunLog, clock
+from distillation.logs import RunLog, check_logs, clock
 from distillation.losses import uniform_layer_map
 from distillation.models import (
     LoadedModel,
@@ -82,6 +82,8 @@ class TrainingParts:
         if process.is_main:  # alone: to the others the folder may already be this run's own
             sources = options.teacher_model, options.student_model, options.data_dir
             check_output_dir(options.output_dir, options.overwrite_output_dir, sources)
+            check_can_make(options.output_dir, "--output_dir")
+            check_logs(options.fps_acc_dir, options.log_name(process.world_size))
         teacher, learner = _models(options)
         stage = _stage(options, teacher, learner)
         check_lengths(learner.model.config, learner.folder, options.task, options.max_seq_length)
@@ -171,6 +173,9 @@ def _say_outcome(options: Options, outcome: Outcome, log: RunLog) -> None:
 def _evaluate_only(options: Options, process: Process) -> None:
     assert options.student_model is not None  # the options' own check
     with process.together():
+        if process.is_main:
+            check_can_make(options.output_dir, "--output_dir")
+            check_logs(options.fps_acc_dir, options.log_name(process.world_size))
         loaded = load_complete(options.student_model, options.task, options.do_lower_case)
         check_lengths(loaded.model.config, loaded.folder, options.task, options.max_seq_length)
         dev = DevSets.read(options, loaded.tokenizer)
@@ -314,6 +319,7 @@ def _shown(name: str, judged: Evaluation) -> str:
 
 def write_results(output_dir: Path, task: Task, results: dict[str, Evaluation], **also: int) -> None:
     """Appends metrics to OUTPUT/eval_results.txt, those of a task's second dev file to OUTPUT-MM/eval_results.txt."""
+    output_dir = output_dir.resolve()  # "." has no name that could be added to
     folders = [output_dir, output_dir.with_name(output_dir.name + "-MM")]
     for folder, name in zip(folders, task.dev_files, strict=False):
         values = {**results[name].metrics, **also}

@@ -57,7 +57,7 @@ def run_entry(prog: str, entry: Callable[[Sequence[str]], None]) -> int:
         entry(sys.argv[1:])
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{prog}: error: {error}", file=sys.stderr)
+            print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return USER_ERROR_STATUS
     except RunFailed as error:
         print(f"{prog}: {error}", file=sys.stderr)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from distillation.checkpoint import make_folder
+from distillation.checkpoint import check_can_make, make_folder
 from distillation.device import Process, synchronize
 from transformer.errors import UserError
 
@@ -41,6 +42,21 @@ def text_line(label: str, epoch: int, step: int, fps: float, acc: float | None =
     return line if acc is None else f"{line}acc{acc:.4f}"
 
 
+_METRICS_NAME, _MESSAGES_NAME = "metrics.jsonl", "debug_layer_loss.log"
+
+
+def check_logs(folder: Path, name: str) -> None:
+    """Checks, and makes nothing, that the log of a run of this name can be written.
+
+    Raises:
+        UserError: the folder cannot be made, or one of its files cannot be appended to.
+    """
+    check_can_make(folder, "--fps_acc_dir")
+    for path in (folder / f"{name}.txt", folder / _METRICS_NAME, folder / _MESSAGES_NAME):
+        if path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
+            raise UserError(f"{path}: the log cannot be written (it is a folder, or another user's)")
+
+
 class RunLog:
     """The files of one run. Only the main process writes; elsewhere every call does nothing."""
 
@@ -53,8 +69,8 @@ class RunLog:
             make_folder(folder, "--fps_acc_dir")
             try:
                 self._text = (folder / f"{name}.txt").open("a", encoding="utf-8")
-                self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-                self._handler = logging.FileHandler(folder / "debug_layer_loss.log", encoding="utf-8")
+                self._metrics = (folder / _METRICS_NAME).open("a", encoding="utf-8")
+                self._handler = logging.FileHandler(folder / _MESSAGES_NAME, encoding="utf-8")
             except OSError as error:
                 raise UserError(f"{error.filename}: the log cannot be written ({error.strerror})") from None
             self._files = [self._text, self._metrics]

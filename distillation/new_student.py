@@ -13,7 +13,6 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from distillation.checkpoint import check_output_dir, save_model
 from distillation.device import seed_process
 from distillation.launch import run_entry
 from distillation.losses import uniform_layer_map
-from distillation.options import OneLineParser
+from distillation.options import OneLineParser, check_seed, path
 from transformer.configuration import LINEAR_HEAD_ARCHITECTURE, RELU_HEAD_ARCHITECTURE, BertConfig
 from transformer.errors import UserError
 from transformer.file_utils import read_weights
@@ -84,14 +83,14 @@ def _copy_module(module: nn.Module, source: str, teacher: dict[str, Tensor]) -> 
 
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="distillation.new_student", description="Makes a new student.", allow_abbrev=False)
-    parser.add_argument("--teacher", type=Path, required=True, help="folder whose vocabulary and sizes it takes over")
+    parser.add_argument("--teacher", type=path, required=True, help="folder whose vocabulary and sizes it takes over")
     parser.add_argument("--num_hidden_layers", type=int, default=4)
     parser.add_argument("--hidden_size", type=int, default=312)
     parser.add_argument("--intermediate_size", type=int, default=1200)
     parser.add_argument("--num_attention_heads", type=int, help="default: the teacher's")
     parser.add_argument("--init", choices=("random", "teacher_layers"), default="random")
     parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--output_dir", type=path, required=True)
     parser.add_argument("--overwrite_output_dir", action="store_true")
     return parser
 
@@ -102,25 +101,28 @@ def main(arguments: Sequence[str]) -> None:
     check_output_dir(flags.output_dir, flags.overwrite_output_dir, (flags.teacher,))
     if not flags.teacher.is_dir():
         raise UserError(f"{flags.teacher}: no such folder; --teacher is a model's folder")
-    if flags.seed < 0:
-        raise UserError(f"--seed {flags.seed}: expected 0 or more")
+    check_seed(flags.seed)
     teacher_config = BertConfig.from_pretrained(flags.teacher)
     tokenizer = BertTokenizer.from_pretrained(flags.teacher)
     teacher = with_encoder_prefix(read_weights(flags.teacher))
+    heads = teacher_config.num_attention_heads if flags.num_attention_heads is None else flags.num_attention_heads
     config = replace(
         teacher_config,
         num_hidden_layers=flags.num_hidden_layers,
         hidden_size=flags.hidden_size,
         intermediate_size=flags.intermediate_size,
-        num_attention_heads=flags.num_attention_heads or teacher_config.num_attention_heads,
+        num_attention_heads=heads,
         architectures=[RELU_HEAD_ARCHITECTURE if teacher_config.relu_head else LINEAR_HEAD_ARCHITECTURE],
         extra={},
         source="the new student",
     )
     seed_process(flags.seed, 0)
     student, copied = build_student(config, teacher_config, teacher, flags.init == "teacher_layers")
-    save_model(flags.output_dir, student.config, student.state_dict(), tokenizer)
-    encoder = sum(p.numel() for p in student.parameters())
+    weights = student.state_dict()
+    if num_labels_of(teacher) is None:  # no task is known yet: the student gets its classifier with it
+        weights = {key: tensor for key, tensor in weights.items() if not key.startswith("classifier.")}
+    save_model(flags.output_dir, student.config, weights, tokenizer)
+    parameters = sum(tensor.numel() for tensor in weights.values())
     if flags.init == "teacher_layers":
         logger.info("copied from the teacher: %s", ", ".join(copied) or "nothing, no shape is the same")
     logger.info(
@@ -129,7 +131,7 @@ def main(arguments: Sequence[str]) -> None:
         config.num_hidden_layers,
         config.hidden_size,
         config.intermediate_size,
-        encoder / 1e6,
+        parameters / 1e6,
     )
 
 

@@ -16,6 +16,8 @@ from typing import NoReturn
 from data_processing.tasks import Task, find_task
 from transformer.errors import UserError
 
+_MOST_EPOCHS = 10_000_000
+
 
 class Stage(Enum):
     """What a run does, by the name that logs and messages give it."""
@@ -80,6 +82,26 @@ class Options:
         return f"train_{kind}_{processes}_{2 if self.stage is Stage.PREDICTION else 1}"
 
 
+def path(text: str) -> Path:
+    """A path that a flag names; it need not exist.
+
+    Raises:
+        UserError: no file can have that name.
+    """
+    try:
+        Path(text).exists()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{text}: no file can have this name ({getattr(error, 'strerror', error)})") from None
+    return Path(text)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that there are."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, "") else super()._get_help_string(action)
+
+
 class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose mistakes are UserErrors, so that they are told as one line."""
 
@@ -89,9 +111,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
     """The parser of the entries' flags; defaults that depend on the task are None here."""
-    parser = OneLineParser(
-        prog=prog, description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = OneLineParser(prog=prog, description=description, allow_abbrev=False, formatter_class=HelpFormatter)
     group = parser.add_argument_group("what to do")
     group.add_argument("--task_name", required=True, help="the task, in any case")
     group.add_argument(
@@ -113,11 +133,11 @@ def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
     group.add_argument("--performance", action="store_true", help="measure speed: stop after 1000 steps")
 
     group = parser.add_argument_group("folders")
-    group.add_argument("--data_dir", required=True, type=Path, help="folder of the task's .tsv files")
-    group.add_argument("--teacher_model", type=Path, help="folder of config.json, weights and vocab.txt")
-    group.add_argument("--student_model", type=Path, help="likewise; not needed with --do_finetune")
-    group.add_argument("--output_dir", required=True, type=Path, help="where the trained model is written")
-    group.add_argument("--fps_acc_dir", required=True, type=Path, help="folder of the fps and accuracy logs")
+    group.add_argument("--data_dir", required=True, type=path, help="folder of the task's .tsv files")
+    group.add_argument("--teacher_model", type=path, help="folder of config.json, weights and vocab.txt")
+    group.add_argument("--student_model", type=path, help="likewise; not needed with --do_finetune")
+    group.add_argument("--output_dir", required=True, type=path, help="where the trained model is written")
+    group.add_argument("--fps_acc_dir", required=True, type=path, help="folder of the fps and accuracy logs")
     group.add_argument("--overwrite_output_dir", action="store_true", help="write into a folder that is not empty")
     group.add_argument("--cache_dir", default="", help="where downloaded model files are kept")
     group.add_argument("--data_url", default="", help="of the original scripts; has no effect here")
@@ -253,7 +273,6 @@ def _check_numbers(values: dict) -> None:
         "eval_step": 1,
         "output_txt_step": 1,
         "workers": 0,
-        "seed": 0,
         "weight_decay": 0,
         "warmup_proportion": 0,
     }
@@ -263,12 +282,13 @@ def _check_numbers(values: dict) -> None:
     for name in ("learning_rate", "num_train_epochs", "temperature"):
         if not (math.isfinite(values[name]) and values[name] > 0):
             raise UserError(f"--{name} {values[name]}: expected a number above 0")
+    if values["num_train_epochs"] > _MOST_EPOCHS:
+        raise UserError(f"--num_train_epochs {values['num_train_epochs']:g}: expected {_MOST_EPOCHS} at most")
     if not math.isfinite(values["weight_decay"]):
         raise UserError(f"--weight_decay {values['weight_decay']}: expected a number")
     if values["warmup_proportion"] >= 1:
         raise UserError(f"--warmup_proportion {values['warmup_proportion']}: expected a share below 1")
-    if values["seed"] >= 2**32:
-        raise UserError(f"--seed {values['seed']}: expected a number below 2**32")
+    check_seed(values["seed"])
     if values["train_batch_size"] < values["gradient_accumulation_steps"]:
         raise UserError(
             f"--train_batch_size {values['train_batch_size']} is less than "
@@ -276,3 +296,13 @@ def _check_numbers(values: dict) -> None:
         )
     if values["port"] is not None and not 0 < values["port"] < 65536:
         raise UserError(f"--port {values['port']}: expected 1 to 65535")
+
+
+def check_seed(seed: int) -> None:
+    """Checks a --seed.
+
+    Raises:
+        UserError: NumPy or torch could not take it.
+    """
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed {seed}: expected {'0 or more' if seed < 0 else 'a number below 2**32'}")

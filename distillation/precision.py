@@ -40,6 +40,7 @@ class Precision:
 
     def __init__(self) -> None:
         self.skipped = 0
+        self._skipped_in_a_row = 0
 
     @property
     def scale(self) -> float:
@@ -64,11 +65,22 @@ class Precision:
     def step(self, optimizer: BertAdam) -> bool:
         """Moves the weights unless a gradient is not finite; returns whether it did."""
         norms = gradient_norms(optimizer.gradients())
-        if not _all_finite(norms):
-            self.skipped += 1
-            return False
-        optimizer.step(norms=norms)
-        return True
+        moved = _all_finite(norms)
+        if moved:
+            optimizer.step(norms=norms)
+        return self._counted(moved)
+
+    def _counted(self, moved: bool) -> bool:
+        """Counts a step; an overflow that will not end is an error, whoever lowers the scale."""
+        self._skipped_in_a_row = 0 if moved else self._skipped_in_a_row + 1
+        self.skipped += not moved
+        if self._skipped_in_a_row > _MOST_SKIPPED_IN_A_ROW:
+            raise UserError(
+                f"the gradients overflowed in {self._skipped_in_a_row} steps in a row, "
+                f"the loss scale is {self.scale:g}; "
+                "try a lower --loss_scale, --loss_scale dynamic, or another --opt_level"
+            )
+        return moved
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
         """The model's weights in the best precision that there is."""
@@ -91,7 +103,6 @@ class TorchMixedPrecision(Precision):
         self.dynamic = loss_scale is None
         self._scale = _FIRST_DYNAMIC_SCALE if loss_scale is None else loss_scale
         self._steps_since_overflow = 0
-        self._skipped_in_a_row = 0
         self._masters: dict[Tensor, Tensor] = {}  # parameter in half precision -> its value in fp32
 
     @property
@@ -135,26 +146,14 @@ class TorchMixedPrecision(Precision):
                     if master.grad is not None:
                         parameter.copy_(master)
         self._adapt(moved)
-        return moved
+        return self._counted(moved)
 
     def _adapt(self, moved: bool) -> None:
-        if moved:
-            self._skipped_in_a_row = 0
-            self._steps_since_overflow += 1
-            if self.dynamic and self._steps_since_overflow == _GROW_AFTER:
-                self._scale, self._steps_since_overflow = self._scale * 2, 0
-            return
-        self.skipped += 1
-        self._skipped_in_a_row += 1
-        self._steps_since_overflow = 0
-        if self._skipped_in_a_row > _MOST_SKIPPED_IN_A_ROW:
-            raise UserError(
-                f"the gradients overflowed in {self._skipped_in_a_row} steps in a row, "
-                f"the loss scale is {self._scale:g}; "
-                "try a lower --loss_scale, --loss_scale dynamic, or another --opt_level"
-            )
-        if self.dynamic:
+        self._steps_since_overflow = self._steps_since_overflow + 1 if moved else 0
+        if self.dynamic and not moved:
             self._scale /= 2
+        elif self.dynamic and self._steps_since_overflow == _GROW_AFTER:
+            self._scale, self._steps_since_overflow = self._scale * 2, 0
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
         names = {name: self._masters.get(parameter, parameter) for name, parameter in model.named_parameters()}
@@ -187,12 +186,13 @@ class ApexMixedPrecision(Precision):
             scaled.backward()
 
     def step(self, optimizer: BertAdam) -> bool:
-        # At an overflow apex puts a function that does nothing in the place of optimizer.step.
+        # Under a dynamic scale apex puts, at an overflow, a function that does nothing once in the place of
+        # optimizer.step. Under a static scale it does not look at the gradients.
         before = optimizer.steps_taken
-        optimizer.step()
-        moved = optimizer.steps_taken > before
-        self.skipped += not moved
-        return moved
+        norms = None if self.dynamic else gradient_norms(optimizer.gradients())
+        if norms is None or _all_finite(norms):
+            optimizer.step()
+        return self._counted(optimizer.steps_taken > before)
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
         return {k: t.float() if t.is_floating_point() else t for k, t in model.state_dict().items()}

@@ -129,7 +129,7 @@ class Trainer:
             last = self.outcome.steps == self.total_steps
             if last or self.outcome.steps % self.schedule.eval_step == 0:
                 self._look(meter, last)
-            if last or (number + 1) % self.schedule.output_txt_step == 0:
+            if last or self.outcome.steps % self.schedule.output_txt_step == 0:
                 self._write_line(epoch, number, parts, meter.fps())
         progress.close()
         self.outcome.fps, self.outcome.examples, self.outcome.seconds = meter.fps(), meter.examples, meter.paused

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from transformer.errors import UserError
-from transformer.file_utils import CONFIG_NAME, write_atomically
+from transformer.file_utils import CONFIG_NAME
 
 ACTIVATIONS = ("gelu", "gelu_new", "relu", "silu", "swish", "tanh")
 # A classifier of this architecture reads the pooled output itself; the original TinyBERT's, and so any
@@ -148,7 +148,6 @@ class BertConfig:
             own["label2id"] = {name: index for index, name in labels.items()}
         return {"model_type": "bert", **own, **self.extra}
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes FOLDER/config.json, whole or not at all."""
-        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
-        write_atomically(Path(folder) / CONFIG_NAME, lambda file: file.write(text.encode("utf-8")))
+    def to_json(self) -> bytes:
+        """config.json, as a file."""
+        return (json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n").encode("utf-8")

@@ -7,7 +7,6 @@ temporary file that replaces the old one only once it is on the disk.
 from __future__ import annotations
 
 import os
-import pickle
 import re
 import tempfile
 from collections.abc import Callable, Mapping
@@ -39,22 +38,41 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     Raises:
         OSError: the file cannot be written; the old one is untouched and nothing is left behind.
     """
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    write_together(path.parent, {path.name: write})
+
+
+def write_together(folder: Path, writers: Mapping[str, Callable[[BinaryIO], object]]) -> None:
+    """Writes files of one folder so that none is replaced before all are on the disk.
+
+    Then they are renamed, in the order given; each is at every moment the old one or the new one, whole.
+
+    Args:
+        folder: exists.
+        writers: file names, and what is called with each one's open temporary file.
+
+    Raises:
+        OSError: one of them cannot be written; the old ones are untouched and nothing is left behind.
+    """
+    staged: dict[str, str] = {}
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only their owner may read
-        os.replace(temporary, path)
+        for name, write in writers.items():
+            descriptor, staged[name] = tempfile.mkstemp(prefix=f".{name}.", suffix=".tmp", dir=folder)
+            with os.fdopen(descriptor, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(staged[name], 0o666 & ~_umask())  # mkstemp makes files that only their owner may read
+        for name, temporary in staged.items():
+            os.replace(temporary, folder / name)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        for temporary in staged.values():
+            Path(temporary).unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    opened = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(opened)
     finally:
-        os.close(folder)
+        os.close(opened)
 
 
 def _umask() -> int:
@@ -92,7 +110,7 @@ def read_weights(folder: str | Path) -> dict[str, torch.Tensor]:
 def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a broken pickle can raise any
         raise UserError(
             f"{path}: cannot be read as a dictionary of tensors ({_first_line(error)}); "
             "a file that holds other objects is refused, since loading it could run code"
@@ -112,11 +130,19 @@ def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-def write_weights(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
-    """Writes FOLDER/pytorch_model.bin, and takes away a model.safetensors of an older model.
+def write_weights(folder: Path, weights: Mapping[str, torch.Tensor], others: Mapping[str, bytes] | None = None) -> None:
+    """Writes FOLDER/pytorch_model.bin, after other files of the model that belong to it, by name.
 
-    Were it left there it would be read before the new weights.
+    A model.safetensors of an older model is taken away: were it left there it would be read first.
+
+    Raises:
+        OSError: a file cannot be written; all older ones are untouched.
     """
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
-    write_atomically(folder / WEIGHTS_NAME, lambda file: torch.save(tensors, file))
+
+    def writer(content: bytes) -> Callable[[BinaryIO], object]:
+        return lambda file: file.write(content)
+
+    writers = {name: writer(content) for name, content in (others or {}).items()}
+    write_together(folder, {**writers, WEIGHTS_NAME: lambda file: torch.save(tensors, file)})
     (folder / SAFETENSORS_NAME).unlink(missing_ok=True)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from transformer.configuration import LINEAR_HEAD_ARCHITECTURE, RELU_HEAD_ARCHITECTURE, BertConfig
-from transformer.file_utils import read_weights, write_weights
+from transformer.file_utils import CONFIG_NAME, read_weights, write_weights
 from transformer.loading import LoadReport, has_layer_projections, load_weights, num_labels_of, projection_size
 from transformer.modeling import BertModel, EncoderOutput, LayerNorm, activation
 
@@ -38,6 +38,8 @@ class PreTrainedModel(nn.Module):
         self.apply(self._init_module)
 
     def _init_module(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear) and module.bias is None:
+            return  # the masked-LM decoder: its weights are the word embeddings, drawn once, with those
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         if isinstance(module, nn.Linear):
@@ -65,11 +67,10 @@ class PreTrainedModel(nn.Module):
         return load_weights(self, weights, source)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes FOLDER/config.json, then pytorch_model.bin, each whole or not at all."""
+        """Writes FOLDER/config.json and pytorch_model.bin, both or neither."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.config.save_pretrained(folder)
-        write_weights(folder, self.state_dict())
+        write_weights(folder, self.state_dict(), {CONFIG_NAME: self.config.to_json()})
 
 
 class BertPredictionHeadTransform(nn.Module):
@@ -119,11 +120,6 @@ class BertForMaskedLM(PreTrainedModel):
         super().__init__(config)
         self.cls = BertOnlyMLMHead(config, self.bert.embeddings.word_embeddings)
         self.init_weights()
-
-    def _init_module(self, module: nn.Module) -> None:
-        # The decoder's weights are the word embeddings: they are drawn once, with those.
-        if not (isinstance(module, nn.Linear) and module.bias is None):
-            super()._init_module(module)
 
     def forward(
         self, input_ids: Tensor, token_type_ids: Tensor | None = None, attention_mask: Tensor | None = None
@@ -201,8 +197,6 @@ class TinyBertForPreTraining(DistilledModel):
         super().__init__(config, fit_size, per_layer)
         self.cls = BertPreTrainingHeads(config, self.bert.embeddings.word_embeddings)
         self.init_weights()
-
-    _init_module = BertForMaskedLM._init_module
 
     @classmethod
     def from_weights(cls, config: BertConfig, weights: dict[str, Tensor]) -> TinyBertForPreTraining:

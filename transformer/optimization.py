@@ -155,8 +155,10 @@ class BertAdam(Optimizer):
         state = self.state[parameter]
         if not state:
             state["step"] = 0
-            state["next_m"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
-            state["next_v"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+            # fp32 also where the weights are not: in fp16 both g² and e are next to nothing.
+            exact = torch.promote_types(parameter.dtype, torch.float32)
+            state["next_m"] = torch.zeros_like(parameter, dtype=exact, memory_format=torch.contiguous_format)
+            state["next_v"] = torch.zeros_like(parameter, dtype=exact, memory_format=torch.contiguous_format)
         factor = torch.full_like(norm, 1 / grad_scale)
         if group["max_grad_norm"] > 0:
             # torch's clip_grad_norm_ of a single tensor: the 1e-6 is part of the known figures.
@@ -164,7 +166,7 @@ class BertAdam(Optimizer):
         rate, decay = self.rate(group, state["step"]), group["weight_decay"]
         tensors = parameter, gradient, state["next_m"], state["next_v"]
         for weights, grads, mean, variance in zip(*_pieces(tensors), strict=True):
-            grads = grads * factor
+            grads = grads.to(mean.dtype) * factor
             mean.mul_(group["b1"]).add_(grads, alpha=1 - group["b1"])
             variance.mul_(group["b2"]).addcmul_(grads, grads, value=1 - group["b2"])
             update = mean / variance.sqrt().add_(group["e"])

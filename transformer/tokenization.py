@@ -10,7 +10,6 @@ Not here: [CLS] and [SEP] around sentences, truncation, padding.
 """
 
 import io
-import os
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -23,8 +22,8 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from transformer.errors import UserError
+from transformer.file_utils import VOCAB_NAME, write_atomically
 
-VOCABULARY_NAME = "vocab.txt"
 SPECIAL_TOKENS = ("[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]")
 _REQUIRED_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 _LONGEST_WORD = 100  # characters; a longer basic token is [UNK]
@@ -128,13 +127,12 @@ class BertTokenizer:
     def __init__(self, vocab_file: str | Path, do_lower_case: bool = True) -> None:
         path = Path(vocab_file)
         try:
-            self._content = path.read_bytes()
+            self.vocabulary_file = path.read_bytes()
         except OSError as error:
             raise UserError(
-                f"cannot read the vocabulary {path} ({error.strerror}); "
-                f"give a model folder that holds {VOCABULARY_NAME}"
+                f"cannot read the vocabulary {path} ({error.strerror}); give a model folder that holds {VOCAB_NAME}"
             ) from None
-        self.vocab = _read_vocabulary(self._content, path)
+        self.vocab = _read_vocabulary(self.vocabulary_file, path)
         self.do_lower_case = do_lower_case
         self.pad_token_id = self.vocab["[PAD]"]
         self.unk_token_id = self.vocab["[UNK]"]
@@ -158,7 +156,7 @@ class BertTokenizer:
     @classmethod
     def from_pretrained(cls, folder: str | Path, do_lower_case: bool = True) -> "BertTokenizer":
         """The tokenizer of a model folder, from its vocab.txt. Raises UserError as the class does."""
-        return cls(Path(folder) / VOCABULARY_NAME, do_lower_case)
+        return cls(Path(folder) / VOCAB_NAME, do_lower_case)
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -222,15 +220,7 @@ class BertTokenizer:
 
     def save_vocabulary(self, folder: str | Path) -> Path:
         """Write vocab.txt, byte for byte as it was read, whole or not at all; returns its path."""
-        target = Path(folder) / VOCABULARY_NAME
+        target = Path(folder) / VOCAB_NAME
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{VOCABULARY_NAME}.{os.getpid()}")
-        try:
-            with partial.open("wb") as file:
-                file.write(self._content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_atomically(target, lambda file: file.write(self.vocabulary_file))
         return target

@@ -18,7 +18,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -147,9 +147,9 @@ class Golden:
 
     def workplace(self, folder: Path) -> Workplace:
         """Writes both models and the data under a folder."""
-        for role in ("teacher", "student"):
-            write_model(folder / role, self.config(role), self.weights(role), self.case["vocab"])
         mnli = self.case["task"] == "mnli"
+        for role in ("teacher", "student"):
+            write_model(folder / role, self.config(role), _golden_weights(self.name, role), self.case["vocab"])
         for name in ("train", *(("dev_matched", "dev_mismatched") if mnli else ("dev",))):
             write_rows(folder / "data" / f"{name}.tsv", self.case["rows"])
         return Workplace(folder, "MNLI" if mnli else "SST-2", self.case["max_seq_length"])
@@ -157,6 +157,11 @@ class Golden:
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
         """The golden features as a model takes them: ids, segments, mask, each [rows, length]."""
         return tuple(self.tensor(f"feat_{name}") for name in ("input_ids", "segment_ids", "input_mask"))
+
+
+@cache
+def _golden_weights(name: str, role: str) -> dict[str, Tensor]:
+    return Golden(name).weights(role)
 
 
 class Run(NamedTuple):
@@ -236,9 +241,9 @@ class Workplace:
 def call(entry: Callable[[Sequence[str]], None], flags: Sequence[str], prog: str = "main.py") -> Run:
     """Runs an entry in this process as the command line would."""
     out, err = io.StringIO(), io.StringIO()
-    with own_logging(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        with mock.patch.object(sys, "argv", [prog, *flags]):
-            status = run_entry(prog, entry)
+    streams = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
+    with own_logging(), streams[0], streams[1], mock.patch.object(sys, "argv", [prog, *flags]):
+        status = run_entry(prog, entry)
     return Run(status, out.getvalue(), err.getvalue())
 
 
