@@ -75,7 +75,7 @@ class Padding:
 
     def collate(self, features: Features, examples: np.ndarray) -> Batch:
         """Pads the examples of these numbers into a batch."""
-        lengths = features.lengths[examples]
+        lengths = features.offsets[examples + 1] - features.offsets[examples]
         width = self.max_seq_length if self.to_maximum else int(lengths.max(initial=1))
         columns = np.arange(width)
         real = columns < lengths[:, None]

@@ -94,10 +94,13 @@ def read_examples(path: Path, task: Task) -> Examples:
     """
     rows = read_rows(path)
     first = 2 if task.has_header else 1
-    rows = rows[first - 1 :]
+    header_row, rows = rows[: first - 1], rows[first - 1 :]
     if not rows:
         raise UserError(f"{path}: holds no examples")
     ids = {label: number for number, label in enumerate(task.labels)}
+    header = header_row[0] if header_row else []
+    if len(header) >= task.columns_needed and header[task.label_column].strip() in ids:
+        raise UserError(f"{path}, row 1: is an example; {task.name}'s files begin with a row of column names")
     labels = np.empty(len(rows), dtype=np.int64)
     texts: tuple[list[str], ...] = tuple([] for _ in task.text_columns)
     for number, row in enumerate(rows):

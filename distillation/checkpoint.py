@@ -10,7 +10,7 @@ from torch import Tensor
 
 from transformer.configuration import BertConfig
 from transformer.errors import UserError
-from transformer.file_utils import CONFIG_NAME, VOCAB_NAME, write_weights
+from transformer.file_utils import CONFIG_NAME, SAFETENSORS_NAME, VOCAB_NAME, WEIGHTS_NAME, write_weights
 from transformer.tokenization import BertTokenizer
 
 
@@ -23,8 +23,13 @@ def check_output_dir(output_dir: Path, overwrite: bool, sources: tuple[Path | No
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"{output_dir}: is a file, --output_dir needs a folder")
     for source in sources:
-        if source is not None and source.exists() and source.resolve() == output_dir.resolve():
+        if source is not None and source.resolve() == output_dir.resolve():
             raise UserError(f"{output_dir}: --output_dir is a folder that this run reads from; give another one")
+        if source is not None and output_dir.resolve() in source.resolve().parents and output_dir.is_dir():
+            raise UserError(f"{output_dir}: --output_dir holds {source}, which this run reads; give another one")
+    for name in (WEIGHTS_NAME, SAFETENSORS_NAME, CONFIG_NAME, VOCAB_NAME):
+        if (output_dir / name).is_dir():
+            raise UserError(f"{output_dir / name}: is a folder where the model's file is to be written")
     if not overwrite and output_dir.is_dir() and any(output_dir.iterdir()):
         raise UserError(
             f"{output_dir}: --output_dir is not empty; give another folder, or --overwrite_output_dir "

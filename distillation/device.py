@@ -136,10 +136,13 @@ def synchronize(device: torch.device) -> None:
         _backend(device.type).synchronize()
 
 
-def share_cores(processes: int) -> int:
-    """The threads that each of so many processes on this machine may use; a user's OMP_NUM_THREADS goes first."""
+def share_cores(processes: int, ignored: str = "") -> int:
+    """The threads that each of so many processes on this machine may use.
+
+    A user's OMP_NUM_THREADS goes first; `ignored` is a value of it that is not the user's.
+    """
     given = os.environ.get("OMP_NUM_THREADS", "")
-    if given.isdigit() and int(given):
+    if given.isdigit() and int(given) and given != ignored:
         return int(given)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // processes)

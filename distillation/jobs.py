@@ -83,6 +83,7 @@ class TrainingParts:
             sources = options.teacher_model, options.student_model, options.data_dir
             check_output_dir(options.output_dir, options.overwrite_output_dir, sources)
             check_can_make(options.output_dir, "--output_dir")
+            check_results(options.output_dir, options.task)
             check_logs(options.fps_acc_dir, options.log_name(process.world_size))
         teacher, learner = _models(options)
         stage = _stage(options, teacher, learner)
@@ -175,6 +176,7 @@ def _evaluate_only(options: Options, process: Process) -> None:
     with process.together():
         if process.is_main:
             check_can_make(options.output_dir, "--output_dir")
+            check_results(options.output_dir, options.task)
             check_logs(options.fps_acc_dir, options.log_name(process.world_size))
         loaded = load_complete(options.student_model, options.task, options.do_lower_case)
         check_lengths(loaded.model.config, loaded.folder, options.task, options.max_seq_length)
@@ -317,12 +319,36 @@ def _shown(name: str, judged: Evaluation) -> str:
     return f"{name}: {metrics} ({judged.examples} examples, {judged.examples_per_second:.0f} a second)"
 
 
-def write_results(output_dir: Path, task: Task, results: dict[str, Evaluation], **also: int) -> None:
-    """Appends metrics to OUTPUT/eval_results.txt, those of a task's second dev file to OUTPUT-MM/eval_results.txt."""
+def _results_files(output_dir: Path, task: Task) -> dict[str, Path]:
+    """Where the metrics of each dev file go: OUTPUT/eval_results.txt, of a second one OUTPUT-MM/eval_results.txt."""
     output_dir = output_dir.resolve()  # "." has no name that could be added to
     folders = [output_dir, output_dir.with_name(output_dir.name + "-MM")]
-    for folder, name in zip(folders, task.dev_files, strict=False):
+    return {name: folder / "eval_results.txt" for folder, name in zip(folders, task.dev_files, strict=False)}
+
+
+def check_results(output_dir: Path, task: Task) -> None:
+    """Checks, and makes nothing, that the metrics can be written.
+
+    Raises:
+        UserError: a folder cannot be made, or a file cannot be appended to.
+    """
+    for path in _results_files(output_dir, task).values():
+        check_can_make(path.parent, "--output_dir")
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder where the metrics are to be written")
+
+
+def write_results(output_dir: Path, task: Task, results: dict[str, Evaluation], **also: int) -> None:
+    """Appends the metrics of each dev file to its eval_results.txt.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    for name, path in _results_files(output_dir, task).items():
         values = {**results[name].metrics, **also}
-        make_folder(folder, "--output_dir")
-        with (folder / "eval_results.txt").open("a", encoding="utf-8") as file:
-            file.writelines(f"{key} = {values[key]}\n" for key in sorted(values))
+        make_folder(path.parent, "--output_dir")
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(f"{key} = {values[key]}\n" for key in sorted(values))
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror})") from None

@@ -52,11 +52,11 @@ def run_entry(prog: str, entry: Callable[[Sequence[str]], None]) -> int:
     machine, which all meet the same one, only the first prints it. Any other exception is a fault of
     this project and keeps its traceback.
     """
-    show_messages(enabled=os.environ.get("RANK", "0") == "0")
+    show_messages(enabled=not _under_torchrun() or os.environ["RANK"] == "0")
     try:
         entry(sys.argv[1:])
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if not _under_torchrun() or os.environ["LOCAL_RANK"] == "0":
             print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return USER_ERROR_STATUS
     except RunFailed as error:
@@ -73,7 +73,7 @@ def launch(options: Options) -> None:
         RunFailed: a spawned process died.
     """
     kind = choose_device(options.device)
-    if all(name in os.environ for name in _TORCHRUN_VARIABLES):
+    if _under_torchrun():
         _run_under_torchrun(options, kind)
         return
     check_ids(kind, options.device_list)
@@ -83,14 +83,20 @@ def launch(options: Options) -> None:
         _spawn(options, kind)
 
 
+def _under_torchrun() -> bool:
+    return all(name in os.environ for name in _TORCHRUN_VARIABLES)
+
+
 def _run_under_torchrun(options: Options, kind: str) -> None:
     """Runs as the process that torchrun's environment describes."""
     rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    # A list that names a device for each process here is honoured, else they are numbered from 0.
-    ids = options.device_list if len(options.device_list) >= local else tuple(range(local))
+    ids = tuple(range(local)) if options.device_list == (0,) else options.device_list
+    if len(ids) < local:
+        raise UserError(f"--device_list names {len(ids)} devices, torchrun has {local} processes on this machine")
     check_ids(kind, ids)
-    torch.set_num_threads(share_cores(local))
+    # Where the user sets nothing torchrun tells each process to use one thread, however many cores there are.
+    torch.set_num_threads(share_cores(local, ignored="1" if local > 1 else ""))
     process = Process(open_device(kind, ids[local_rank]), rank, world_size)
     distributed.init_process_group(BACKENDS[kind], device_id=process.device if kind == "cuda" else None)
     try:
@@ -132,6 +138,7 @@ def _open_store(options: Options) -> distributed.TCPStore:
     """
     try:
         with socket.socket() as probe:  # the store itself would share a port with a listener on one address of it
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a run that ended just now holds none
             probe.bind((options.addr, options.port or 0))
         return distributed.TCPStore(options.addr, options.port or 0, is_master=True, wait_for_workers=False)
     except (OSError, RuntimeError) as error:
@@ -220,8 +227,9 @@ def _end(children: Sequence[BaseProcess]) -> None:
     for child in children:
         if child.is_alive():
             child.terminate()
+    deadline = time.monotonic() + _SECONDS_TO_END
     for child in children:
-        child.join(_SECONDS_TO_END)
+        child.join(max(0.0, deadline - time.monotonic()))
         if child.is_alive():
             child.kill()
             child.join()

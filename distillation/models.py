@@ -65,6 +65,7 @@ def load_complete(
         raise UserError(
             f"{folder}: the classifier of {use} tells {labels} labels apart, {task.name} has {len(task.labels)}"
         )
+    _check_label_order(folder, config, task)
     model = TinyBertForSequenceClassification(config, labels, fit_size=0)
     report = model.load(weights, folder)
     if report.missing:
@@ -130,6 +131,16 @@ def _read(folder: Path, do_lower_case: bool) -> tuple[BertConfig, dict, BertToke
             f"{folder}: vocab.txt has {len(tokenizer)} tokens, config.json says vocab_size {config.vocab_size}"
         )
     return config, with_encoder_prefix(read_weights(folder)), tokenizer
+
+
+def _check_label_order(folder: Path, config: BertConfig, task: Task) -> None:
+    names = [config.id2label.get(index, "").lower() for index in range(len(task.labels))]
+    expected = [label.lower() for label in task.labels]
+    if names != expected and sorted(names) == sorted(expected):
+        raise UserError(
+            f"{folder}: config.json names the labels in the order {', '.join(names)}, "
+            f"{task.name}'s order is {', '.join(expected)}; its predictions would be taken for others"
+        )
 
 
 def _say_unused(folder: Path, keys: Sequence[str]) -> None:

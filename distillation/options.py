@@ -88,6 +88,8 @@ def path(text: str) -> Path:
     Raises:
         UserError: no file can have that name.
     """
+    if not text:
+        raise UserError("a folder's name is empty; . is the current folder")
     try:
         Path(text).exists()
     except (OSError, ValueError) as error:
@@ -139,7 +141,7 @@ def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
     group.add_argument("--output_dir", required=True, type=path, help="where the trained model is written")
     group.add_argument("--fps_acc_dir", required=True, type=path, help="folder of the fps and accuracy logs")
     group.add_argument("--overwrite_output_dir", action="store_true", help="write into a folder that is not empty")
-    group.add_argument("--cache_dir", default="", help="where downloaded model files are kept")
+    group.add_argument("--cache_dir", default="", help="of the original scripts; has no effect here")
     group.add_argument("--data_url", default="", help="of the original scripts; has no effect here")
 
     group = parser.add_argument_group("data")

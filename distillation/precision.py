@@ -11,7 +11,8 @@ import contextlib
 import importlib
 import inspect
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from transformer.errors import UserError
+from transformer.heads import TinyBertForSequenceClassification, TinyBertOutput
 from transformer.optimization import BertAdam, gradient_norms
 
 logger = logging.getLogger(__name__)
@@ -34,9 +36,11 @@ class Precision:
 
     dynamic: whether an overflow lowers the loss scale, so that a loss that is not finite may pass.
     skipped: how many steps were skipped because a gradient was not finite.
+    bucket_views: whether gradients may be views of the buffers in which processes exchange them.
     """
 
     dynamic = False
+    bucket_views = True
 
     def __init__(self) -> None:
         self.skipped = 0
@@ -156,15 +160,35 @@ class TorchMixedPrecision(Precision):
             self._scale, self._steps_since_overflow = self._scale * 2, 0
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
-        names = {name: self._masters.get(parameter, parameter) for name, parameter in model.named_parameters()}
-        return {
-            name: names.get(name, tensor).detach().float() if tensor.is_floating_point() else tensor
-            for name, tensor in model.state_dict().items()
-        }
+        return _fp32_weights(model, self._masters)
+
+
+class _PlainOutputs(nn.Module):
+    """A model that gives out a plain tuple: apex (O2, O3) rebuilds outputs in a way that named ones refuse."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        return tuple(self.model(*args, **kwargs))
+
+
+class _NamedOutputs(nn.Module):
+    """Gives the outputs of a `_PlainOutputs` their names again."""
+
+    def __init__(self, plain: nn.Module, name: Callable[..., Any]) -> None:
+        super().__init__()
+        self.plain, self.name = plain, name
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.name(*self.plain(*args, **kwargs))
 
 
 class ApexMixedPrecision(Precision):
     """Half precision by apex, where it is installed for the device."""
+
+    bucket_views = False  # apex detaches gradients in place, which views refuse
 
     def __init__(self, amp: ModuleType, level: str, loss_scale: float | None) -> None:
         super().__init__()
@@ -172,12 +196,30 @@ class ApexMixedPrecision(Precision):
         self.dynamic = loss_scale is None
         self._loss_scale: float | str = "dynamic" if loss_scale is None else loss_scale
         self._optimizer: BertAdam | None = None
+        self._parameters: list[Tensor] = []
+        self._frozen: dict[Tensor, Tensor] = {}
+
+    @property
+    def scale(self) -> float:
+        if not self.dynamic:
+            return float(self._loss_scale)
+        states = self._amp.state_dict() if hasattr(self._amp, "state_dict") else {}
+        return float(states.get("loss_scaler0", {}).get("loss_scale", math.nan))
+
+    def prepare_frozen(self, model: nn.Module) -> None:
+        if self._level in ("O2", "O3"):
+            model.half()
 
     def prepare(self, model: nn.Module, optimizer: BertAdam) -> nn.Module:
         settings: dict[str, Any] = {"opt_level": self._level, "loss_scale": self._loss_scale, "verbosity": 0}
         accepted = inspect.signature(self._amp.initialize).parameters
         if "combine_grad" in accepted:  # Ascend's apex alone has it: gradients of one buffer, one all-reduce
             settings["combine_grad"] = True
+        self._parameters = _parameters(optimizer)
+        self._frozen = {p: p.detach().clone() for p in model.parameters() if not p.requires_grad}
+        if self._level in ("O2", "O3") and isinstance(model, TinyBertForSequenceClassification):
+            plain, self._optimizer = self._amp.initialize(_PlainOutputs(model), optimizer, **settings)
+            return _NamedOutputs(plain, TinyBertOutput)
         model, self._optimizer = self._amp.initialize(model, optimizer, **settings)
         return model
 
@@ -195,7 +237,11 @@ class ApexMixedPrecision(Precision):
         return self._counted(optimizer.steps_taken > before)
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
-        return {k: t.float() if t.is_floating_point() else t for k, t in model.state_dict().items()}
+        # At O2 apex puts fp32 copies in the places of the optimizer's parameters.
+        exact = dict(self._frozen)
+        if self._optimizer is not None:
+            exact |= dict(zip(self._parameters, _parameters(self._optimizer), strict=True))
+        return _fp32_weights(model, exact)
 
 
 def choose_precision(
@@ -220,6 +266,11 @@ def choose_precision(
     if device.type == "cpu" and dtype == "auto" and not cpu_has_bf16():
         logger.info("--amp: this processor has no bf16 instructions, training stays in fp32")
         return Precision()
+    if device.type == "npu" and dtype != "bf16" and not _overflow_gives_inf():
+        raise UserError(
+            "--amp: on this NPU an fp16 overflow does not show in the numbers, so that torch could not skip the step; "
+            "install Ascend's apex, or give --amp_dtype bf16"
+        )
     half = {"auto": _good_half(device), "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     return TorchMixedPrecision(device, half, level, loss_scale)
 
@@ -234,8 +285,13 @@ def _good_half(device: torch.device) -> torch.dtype:
     if device.type == "cpu":
         return torch.bfloat16
     backend = getattr(torch, device.type)
-    supported = getattr(backend, "is_bf16_supported", lambda: False)
-    return torch.bfloat16 if supported() else torch.float16
+    return torch.bfloat16 if backend.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def _overflow_gives_inf() -> bool:
+    """Whether the NPU computes with inf and NaN; those before Ascend 910B saturate instead."""
+    utils = getattr(torch.npu, "utils", None)  # type: ignore[attr-defined]
+    return getattr(utils, "is_support_inf_nan", lambda: True)()
 
 
 def _apex() -> ModuleType | None:
@@ -245,6 +301,19 @@ def _apex() -> ModuleType | None:
         return None
     # PyPI's package of that name is another project.
     return amp if hasattr(amp, "initialize") and hasattr(amp, "scale_loss") else None
+
+
+def _parameters(optimizer: BertAdam) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _fp32_weights(model: nn.Module, exact: Mapping[Tensor, Tensor]) -> dict[str, Tensor]:
+    """A state dict in fp32, each parameter with its exact value where there is one."""
+    values = {name: exact.get(parameter, parameter) for name, parameter in model.named_parameters()}
+    return {
+        name: values.get(name, tensor).detach().float() if tensor.is_floating_point() else tensor
+        for name, tensor in model.state_dict().items()
+    }
 
 
 def _all_finite(norms: list[Tensor]) -> bool:

@@ -161,7 +161,7 @@ class Trainer:
         return DistributedDataParallel(
             model,
             device_ids=None if index is None else [index],
-            gradient_as_bucket_view=True,
+            gradient_as_bucket_view=self.precision.bucket_views,
         )
 
     def _learn(self, batches: list[Batch], totals: Totals) -> dict[str, float]:
@@ -226,7 +226,7 @@ class Trainer:
     def _write_line(self, epoch: int, number: int, own_parts: dict[str, float], fps: float) -> None:
         parts = self._over_all_processes(own_parts)
         self.log.line(epoch, number, fps, self._metric)
-        rate = self.optimizer.rate(self.optimizer.param_groups[0], self.outcome.steps - 1)
+        rate = self.optimizer.rate(self.optimizer.param_groups[0], max(0, self.optimizer.steps_taken - 1))
         self.log.record(
             "train",
             epoch=epoch,

@@ -99,7 +99,8 @@ class BertConfig:
         if values.get("model_type", "bert") != "bert":
             raise UserError(f"{source}: model_type is {values['model_type']!r}; only 'bert' models can be used")
         values.pop("model_type", None)
-        values.pop("label2id", None)  # said again by id2label
+        for name in ("label2id", "num_labels", "finetuning_task"):  # id2label says it, and it may change
+            values.pop(name, None)
         if values.get("pad_token_id", 0) is None:
             values.pop("pad_token_id")
         id2label = values.pop("id2label", None) or {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -102,6 +103,9 @@ def read_weights(folder: str | Path) -> dict[str, torch.Tensor]:
         weights = _read_pickled(path)
     else:
         raise UserError(f"{folder}: has no weights; expected {SAFETENSORS_NAME} or {WEIGHTS_NAME}")
+    for key, tensor in weights.items():
+        if tensor.layout != torch.strided or tensor.is_complex() or tensor.is_quantized:
+            raise UserError(f"{path}: {key} is a {str(tensor.layout)[6:]} tensor of {str(tensor.dtype)[6:]}, no weight")
     return {
         _current_name(key): tensor for key, tensor in weights.items() if not key.endswith("embeddings.position_ids")
     }
@@ -109,7 +113,9 @@ def read_weights(folder: str | Path) -> dict[str, torch.Tensor]:
 
 def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong with a file is told by the error
+            weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken pickle can raise any
         raise UserError(
             f"{path}: cannot be read as a dictionary of tensors ({_first_line(error)}); "

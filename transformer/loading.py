@@ -73,7 +73,7 @@ def with_encoder_prefix(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def num_labels_of(weights: Mapping[str, Tensor]) -> int | None:
     """How many labels the checkpoint's classifier has; None where it has no classifier."""
-    return weights["classifier.weight"].shape[0] if "classifier.weight" in weights else None
+    return _rows(weights, "classifier.weight") if "classifier.weight" in weights else None
 
 
 def has_layer_projections(weights: Mapping[str, Tensor]) -> bool:
@@ -85,8 +85,14 @@ def projection_size(weights: Mapping[str, Tensor]) -> int:
     """The teacher's hidden size that the checkpoint projects to; 0 where it has no projection."""
     for key in ("fit_denses.0.weight", "fit_dense.weight"):
         if key in weights:
-            return weights[key].shape[0]
+            return _rows(weights, key)
     return 0
+
+
+def _rows(weights: Mapping[str, Tensor], key: str) -> int:
+    if weights[key].dim() != 2:
+        raise UserError(f"the weights' {key} has the shape {list(weights[key].shape)}, expected a matrix")
+    return weights[key].shape[0]
 
 
 def summarise(keys: Iterable[str], most: int = 3) -> str:

@@ -49,7 +49,7 @@ class NpuModule:
     def synchronize(self, device: Any = None) -> None:
         self.calls.append("synchronize")
 
-    def is_bf16_supported(self) -> bool:
+    def is_bf16_supported(self, including_emulation: bool = False) -> bool:
         return True
 
     def manual_seed_all(self, seed: int) -> None:
