@@ -11,12 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from data_processing.tasks import Task
 from transformer.configuration import BertConfig
 from transformer.errors import UserError
 from transformer.file_utils import read_weights
 from transformer.heads import TinyBertForSequenceClassification
 from transformer.loading import (
+    check_weights,
     has_layer_projections,
     num_labels_of,
     projection_size,
@@ -66,7 +69,7 @@ def load_complete(
             f"{folder}: the classifier of {use} tells {labels} labels apart, {task.name} has {len(task.labels)}"
         )
     _check_label_order(folder, config, task)
-    model = TinyBertForSequenceClassification(config, labels, fit_size=0)
+    model = _build(folder, config, weights, labels, 0, False)
     report = model.load(weights, folder)
     if report.missing:
         raise UserError(f"{folder}: the weights lack {summarise(report.missing)}, which {use} needs")
@@ -111,7 +114,7 @@ def load_learner(
     if teacher_size and projection_size(weights) not in (0, teacher_size):
         weights = {key: tensor for key, tensor in weights.items() if not key.startswith(_PROJECTIONS)}
     fit_size = teacher_size or projection_size(weights)
-    model = TinyBertForSequenceClassification(config, len(task.labels), fit_size, has_layer_projections(weights))
+    model = _build(folder, config, weights, len(task.labels), fit_size, has_layer_projections(weights))
     report = model.load(weights, folder)
     anew = sorted({key.rsplit(".", 1)[0] for key in report.missing})
     if anew:
@@ -131,6 +134,15 @@ def _read(folder: Path, do_lower_case: bool) -> tuple[BertConfig, dict, BertToke
             f"{folder}: vocab.txt has {len(tokenizer)} tokens, config.json says vocab_size {config.vocab_size}"
         )
     return config, with_encoder_prefix(read_weights(folder)), tokenizer
+
+
+def _build(
+    folder: Path, config: BertConfig, weights: dict, labels: int, fit_size: int, per_layer: bool
+) -> TinyBertForSequenceClassification:
+    """Builds the model that config.json describes; sizes that its weights do not have are refused first."""
+    with torch.device("meta"):
+        check_weights(TinyBertForSequenceClassification(config, labels, fit_size, per_layer), weights, folder)
+    return TinyBertForSequenceClassification(config, labels, fit_size, per_layer)
 
 
 def _check_label_order(folder: Path, config: BertConfig, task: Task) -> None:

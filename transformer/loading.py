@@ -37,6 +37,24 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | 
         UserError: part of the encoder is missing, or a tensor has another shape than the config says.
     """
     weights = with_encoder_prefix(weights)
+    missing = check_weights(model, weights, source)
+    own = model.state_dict(keep_vars=True)
+    with torch.no_grad():
+        for key, parameter in own.items():
+            if key in weights:
+                parameter.copy_(weights[key])
+    return LoadReport(missing, tuple(key for key in weights if key not in own))
+
+
+def check_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> tuple[str, ...]:
+    """Checks that a checkpoint's tensors fit a model, which may be on the meta device and so take no memory.
+
+    Returns:
+        The keys of the model that the checkpoint lacks.
+
+    Raises:
+        UserError: as for `load_weights`.
+    """
     own = model.state_dict(keep_vars=True)
     tied = _tied_keys(own)
     missing = tuple(key for key in own if key not in weights and not any(k in weights for k in tied[key]))
@@ -51,11 +69,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | 
                 f"{source}: {key} has the shape {list(tensor.shape)}, expected {list(own[key].shape)}; "
                 "the weights are of another model than config.json says"
             )
-    with torch.no_grad():
-        for key, parameter in own.items():
-            if key in weights:
-                parameter.copy_(weights[key])
-    return LoadReport(missing, tuple(key for key in weights if key not in own))
+    return missing
 
 
 def _tied_keys(own: Mapping[str, Tensor]) -> dict[str, list[str]]:

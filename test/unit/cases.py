@@ -15,6 +15,7 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -147,12 +148,10 @@ class Golden:
 
     def workplace(self, folder: Path) -> Workplace:
         """Writes both models and the data under a folder."""
-        mnli = self.case["task"] == "mnli"
-        for role in ("teacher", "student"):
-            write_model(folder / role, self.config(role), _golden_weights(self.name, role), self.case["vocab"])
-        for name in ("train", *(("dev_matched", "dev_mismatched") if mnli else ("dev",))):
-            write_rows(folder / "data" / f"{name}.tsv", self.case["rows"])
-        return Workplace(folder, "MNLI" if mnli else "SST-2", self.case["max_seq_length"])
+        for path, content in _files(self.name).items():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_bytes(content)
+        return Workplace(folder, "MNLI" if self.case["task"] == "mnli" else "SST-2", self.case["max_seq_length"])
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
         """The golden features as a model takes them: ids, segments, mask, each [rows, length]."""
@@ -160,8 +159,17 @@ class Golden:
 
 
 @cache
-def _golden_weights(name: str, role: str) -> dict[str, Tensor]:
-    return Golden(name).weights(role)
+def _files(name: str) -> dict[Path, bytes]:
+    """What a golden case's workplace holds, made once: most tests begin with it."""
+    golden = Golden(name)
+    dev_files = ("dev_matched", "dev_mismatched") if golden.case["task"] == "mnli" else ("dev",)
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        for role in ("teacher", "student"):
+            write_model(folder / role, golden.config(role), golden.weights(role), golden.case["vocab"])
+        for file in ("train", *dev_files):
+            write_rows(folder / "data" / f"{file}.tsv", golden.case["rows"])
+        return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 class Run(NamedTuple):

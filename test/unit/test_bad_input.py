@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 from pathlib import Path
 
@@ -395,6 +396,26 @@ def test_a_name_with_a_line_break_makes_no_second_line(nowhere):
 
 def test_more_steps_than_a_number_can_hold_is_one_line(sst2):
     assert "--num_train_epochs" in sst2.fails(num_train_epochs="1e308", train_batch_size=1)
+
+
+def test_a_size_that_no_memory_holds_is_one_line(sst2):
+    edit_config(sst2.student, intermediate_size=10**13)
+    assert "student" in sst2.fails()
+
+
+@pytest.mark.parametrize("key", ["classifier.weight", "fit_dense.weight"])
+@pytest.mark.parametrize("kind", ["scalar", "sparse", "complex"])
+def test_a_tensor_of_another_kind_is_named(sst2, key, kind):
+    kinds = {"scalar": torch.Tensor.sum, "sparse": torch.Tensor.to_sparse, "complex": lambda t: t.to(torch.complex64)}
+    edit_weights(sst2.student, lambda weights: weights.update({key: kinds[kind](weights[key])}))
+    assert key in sst2.fails()
+
+
+def test_a_refused_checkpoint_warns_of_nothing_else(sst2, recwarn):
+    """On the command line a warning is two further lines on standard error."""
+    (sst2.teacher / "pytorch_model.bin").write_bytes(pickle.dumps({"classifier.weight": object}, protocol=4))
+    assert "cannot be read as a dictionary of tensors" in sst2.fails()
+    assert [str(warning.message) for warning in recwarn] == []
 
 
 def test_texts_of_every_kind_are_trained_on(sst2):

@@ -224,16 +224,7 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(folder, tmp_path, form):
     assert (tmp_path / "attacked").is_dir(), "the attack itself does not work, so the test would show nothing"
 
 
-@pytest.mark.parametrize(
-    "form",
-    [
-        "zip",
-        pytest.param(
-            "legacy",
-        ),
-        "safetensors",
-    ],
-)
+@pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
 def test_a_truncated_file_gives_one_line(folder, form):
     name = "pytorch_model.bin"
     if form == "safetensors":
