@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Transfer learning: both stages of distillation on MNLI with one device, from a student of any task.
-# A classifier that tells another number of labels apart begins anew. Further flags go to both stages.
+# A classifier that tells another number of labels apart begins anew. Further flags go to both stages: so the
+# folders are given by INTERMEDIATE_DIR and OUTPUT_DIR, not by --output_dir.
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 source test/env_npu_1p.sh
@@ -8,6 +9,13 @@ source test/env_npu_1p.sh
 data_dir="${DATA_DIR:-glue_dir/MNLI}"
 teacher_model="${TEACHER_MODEL:-bert_base_uncased_ft_mnli}"
 intermediate_dir="${INTERMEDIATE_DIR:-tmp_tinybert_finetune}"
+output_dir="${OUTPUT_DIR:-TinyBERT_dir_finetune}"
+
+# The second stage's folder is looked at now, not when the first stage has taken its hours.
+if [ "${OVERWRITE_OUTPUT_DIR:-0}" = 0 ] && [ -n "$(ls -A "$output_dir" 2>/dev/null)" ]; then
+    echo "train_finetune_1p.sh: error: $output_dir is not empty; give another OUTPUT_DIR, or OVERWRITE_OUTPUT_DIR=1" >&2
+    exit 2
+fi
 
 "$PYTHON" main.py \
     --task_name MNLI \
@@ -31,7 +39,7 @@ intermediate_dir="${INTERMEDIATE_DIR:-tmp_tinybert_finetune}"
     --data_dir "$data_dir" \
     --teacher_model "$teacher_model" \
     --student_model "$intermediate_dir" \
-    --output_dir "${OUTPUT_DIR:-TinyBERT_dir_finetune}" \
+    --output_dir "$output_dir" \
     --fps_acc_dir "${FPS_ACC_DIR:-./output}" \
     --num_train_epochs "${PRED_EPOCHS:-3}" \
     --train_batch_size "${BATCH_SIZE:-32}" \
