@@ -17,7 +17,7 @@ fi
 work=$(mktemp -d)
 first=tinybert-1-$$ second=tinybert-2-$$
 processes=()
-trap 'kill "${processes[@]}" 2>/dev/null; ip netns del "$first" 2>/dev/null; ip netns del "$second" 2>/dev/null; rm -rf "$work"' EXIT
+trap 'kill ${processes[@]+"${processes[@]}"} 2>/dev/null || true; ip netns del "$first" 2>/dev/null || true; ip netns del "$second" 2>/dev/null || true; rm -rf "$work"' EXIT
 
 if [ -z "${DATA_DIR:-}" ]; then
     "$PYTHON" test/unit/tiny_case.py "$work/case"
