@@ -15,7 +15,7 @@ case "$size" in
     default)
         train_examples=4000 dev_examples=1000 max_seq_length=64 eval_step=125
         teacher_epochs=1 intermediate_epochs=1 prediction_epochs=1 label_epochs=2 # as long as both stages
-        estimate="7 minutes on two CPU cores with bf16, up to 10 without"
+        estimate="7 minutes on two CPU cores with bf16, longer without"
         ;;
     tiny)
         train_examples=192 dev_examples=96 max_seq_length=64 eval_step=125
