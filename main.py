@@ -10,14 +10,25 @@ The scripts in test/ call this with the settings of each kind of run; `python ma
 import sys
 from collections.abc import Sequence
 
+from distillation.flags import Entry
 from distillation.launch import launch, run_entry
 from distillation.options import parse_options
+
+ENTRY = Entry(
+    prog="main.py",
+    description=__doc__.splitlines()[0],
+    tasks=("SST-2", "MNLI"),
+    tasks_with_defaults=("SST-2",),
+    fps_acc_dir=None,
+    max_seq_length=64,
+    eval_step=100,
+)
 
 
 def main(arguments: Sequence[str]) -> None:
     """Parses the flags and runs what they ask for."""
-    launch(parse_options(arguments, "main.py", __doc__.splitlines()[0], default_task="SST-2"))
+    launch(parse_options(arguments, ENTRY))
 
 
 if __name__ == "__main__":
-    sys.exit(run_entry("main.py", main))
+    sys.exit(run_entry(ENTRY.prog, main))

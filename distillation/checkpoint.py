@@ -12,6 +12,7 @@ from transformer.configuration import BertConfig
 from transformer.errors import UserError
 from transformer.file_utils import CONFIG_NAME, SAFETENSORS_NAME, VOCAB_NAME, WEIGHTS_NAME, write_weights
 from transformer.tokenization import BertTokenizer
+from transformer.vocabulary import TOKENIZER_CONFIG_NAME, tokenizer_config
 
 
 def check_output_dir(output_dir: Path, overwrite: bool, sources: tuple[Path | None, ...]) -> None:
@@ -27,7 +28,7 @@ def check_output_dir(output_dir: Path, overwrite: bool, sources: tuple[Path | No
             raise UserError(f"{output_dir}: --output_dir is a folder that this run reads from; give another one")
         if source is not None and output_dir.resolve() in source.resolve().parents and output_dir.is_dir():
             raise UserError(f"{output_dir}: --output_dir holds {source}, which this run reads; give another one")
-    for name in (WEIGHTS_NAME, SAFETENSORS_NAME, CONFIG_NAME, VOCAB_NAME):
+    for name in (WEIGHTS_NAME, SAFETENSORS_NAME, CONFIG_NAME, VOCAB_NAME, TOKENIZER_CONFIG_NAME):
         if (output_dir / name).is_dir():
             raise UserError(f"{output_dir / name}: is a folder where the model's file is to be written")
     if not overwrite and output_dir.is_dir() and any(output_dir.iterdir()):
@@ -63,13 +64,20 @@ def make_folder(folder: Path, flag: str) -> None:
 
 
 def save_model(folder: Path, config: BertConfig, weights: Mapping[str, Tensor], tokenizer: BertTokenizer) -> None:
-    """Writes vocab.txt, config.json and pytorch_model.bin; the older ones stay until all are on the disk.
+    """Writes vocab.txt, tokenizer_config.json (the case), config.json and pytorch_model.bin.
+
+    The older ones stay until all are on the disk.
 
     Raises:
         UserError: a file cannot be written; the older ones are whole.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_weights(folder, weights, {VOCAB_NAME: tokenizer.vocabulary_file, CONFIG_NAME: config.to_json()})
+        others = {
+            VOCAB_NAME: tokenizer.vocabulary_file,
+            TOKENIZER_CONFIG_NAME: tokenizer_config(tokenizer.do_lower_case),
+            CONFIG_NAME: config.to_json(),
+        }
+        write_weights(folder, weights, others)
     except OSError as error:
         raise UserError(f"{folder}: the model cannot be saved ({error.strerror or error})") from None

@@ -5,7 +5,6 @@ Chooses no checkpoint and writes no file.
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 
@@ -25,7 +24,8 @@ from transformer.heads import TinyBertForSequenceClassification
 class Evaluation:
     """A model judged on one file.
 
-    metrics: the task's, and `eval_loss`, the mean cross-entropy. examples, seconds: of its forwards.
+    metrics: the task's, and `eval_loss`, the mean cross-entropy or, of a regression, squared error.
+    examples, seconds: of its forwards.
     """
 
     metrics: dict[str, float]
@@ -74,12 +74,17 @@ def evaluate(
     process: Process,
     precision: Precision,
 ) -> Evaluation:
-    """Predicts every example and judges the predictions. A metric that is not a number counts as 0."""
+    """Predicts every example and judges the predictions."""
     synchronize(process.device)
     begin = time.perf_counter()
     logits = predict(model, features, padding, batch_size, process, precision)
     seconds = time.perf_counter() - begin
-    metrics = task.metric(logits.argmax(axis=1), features.labels)
-    loss = functional.cross_entropy(torch.from_numpy(logits), torch.from_numpy(features.labels)).item()
-    numbers = {name: 0.0 if math.isnan(value) else value for name, value in metrics.items()}
-    return Evaluation({**numbers, "eval_loss": loss}, len(features), seconds)
+    metrics = task.metric(predictions(logits, task), features.labels)
+    ours, theirs = torch.from_numpy(logits), torch.from_numpy(features.labels)
+    loss = functional.mse_loss(ours[:, 0], theirs) if task.is_regression else functional.cross_entropy(ours, theirs)
+    return Evaluation({**metrics, "eval_loss": loss.item()}, len(features), seconds)
+
+
+def predictions(logits: np.ndarray, task: Task) -> np.ndarray:
+    """What logits [examples, outputs] say: [examples] label ids, or scores where the task is a regression."""
+    return logits[:, 0] if task.is_regression else logits.argmax(axis=1)

@@ -1,4 +1,4 @@
-"""What a process does: train a model, or evaluate one. Here flags become the parts that do it.
+"""What a process does. Here flags become the parts that train a model; `inference.py` has what uses one.
 
 Everything that the user gave is read and checked first; only then is anything written.
 """
@@ -9,29 +9,27 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_processing.batching import Padding, TrainingPlan
+from data_processing.batching import TrainingPlan
 from data_processing.features import Features, make_features, read_examples
-from data_processing.tasks import Task
 from distillation.checkpoint import check_can_make, check_output_dir, make_folder, save_model
 from distillation.device import Process, seed_process
-from distillation.evaluation import Evaluation, evaluate
+from distillation.inference import DevSets, padding_of, precision_of, run_evaluation, run_predictions, shown
 from distillation.logs import RunLog, check_logs, clock
-from distillation.losses import uniform_layer_map
+from distillation.losses import choose_layer_map
 from distillation.models import (
     LoadedModel,
     check_lengths,
     check_same_heads,
     check_same_vocabulary,
+    choose_case,
     load_complete,
     load_learner,
 )
 from distillation.options import Options, Stage
-from distillation.precision import Precision, choose_precision
+from distillation.results import check_copy, check_results, copy_outputs, write_results
 from distillation.stages import FineTuning, IntermediateStage, PredictionStage, TrainingStage, freeze_unused
 from distillation.trainer import Outcome, Schedule, Trainer
 from transformer.errors import UserError
-from transformer.heads import TinyBertForSequenceClassification
-from transformer.tokenization import BertTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +42,13 @@ def run(options: Options, process: Process) -> None:
     """
     seed_process(options.seed, 0)  # new weights are the same in every process
     if options.stage is Stage.EVALUATION:
-        _evaluate_only(options, process)
+        run_evaluation(options, process)
+    elif options.stage is Stage.PREDICTIONS:
+        run_predictions(options, process)
     else:
         _train(options, process)
+    if options.data_url and process.is_main:
+        copy_outputs(options.output_dir, options.data_url)
 
 
 def _train(options: Options, process: Process) -> None:
@@ -84,6 +86,7 @@ class TrainingParts:
             check_output_dir(options.output_dir, options.overwrite_output_dir, sources)
             check_can_make(options.output_dir, "--output_dir")
             check_results(options.output_dir, options.task)
+            check_copy(options)
             check_logs(options.fps_acc_dir, options.log_name(process.world_size))
         teacher, learner = _models(options)
         stage = _stage(options, teacher, learner)
@@ -96,8 +99,8 @@ class TrainingParts:
 
 def _teach(options: Options, process: Process, parts: TrainingParts, log: RunLog) -> None:
     learner, stage, dev = parts.learner, parts.stage, parts.dev
-    precision = _precision(options, process)
-    padding = _padding(options, learner)
+    precision = precision_of(options, process)
+    padding = padding_of(options, learner)
     learner.model.to(process.device)
     freeze_unused(learner.model, stage.unused)
     _say_settings(options, process, parts)
@@ -105,17 +108,17 @@ def _teach(options: Options, process: Process, parts: TrainingParts, log: RunLog
         teacher = parts.teacher.model.to(process.device)
         precision.prepare_frozen(teacher)
         for name, judged in dev.judge(teacher, padding, process, precision).items():
-            logger.info("the teacher's own %s", _shown(name, judged))
+            logger.info("the teacher's own %s", shown(name, judged))
             log.record("teacher", file=name, **judged.metrics)
 
     def judge(step: int) -> float:
         results = dev.judge(learner.model, padding, process, precision)
         for name, judged in results.items():
-            logger.info("step %d: %s", step, _shown(name, judged))
+            logger.info("step %d: %s", step, shown(name, judged))
             log.record("eval", file=name, step=step, **judged.metrics)
         if process.is_main:
             write_results(options.output_dir, options.task, results, global_step=step)
-        return results[options.task.dev_files[0]].metrics[options.task.chosen_by]
+        return results[options.task.dev_files[0]].metrics[options.task.metric.chosen_by]
 
     def save() -> None:
         if process.is_main:
@@ -154,7 +157,9 @@ def _say_outcome(options: Options, outcome: Outcome, log: RunLog) -> None:
     best = outcome.best if outcome.best_step else None
     if best is not None:
         step = outcome.best_step
-        logger.info("best %s %.4f (%s chose the checkpoint of step %d)", options.task.chosen_by, best, chooser, step)
+        logger.info(
+            "best %s %.4f (%s chose the checkpoint of step %d)", options.task.metric.chosen_by, best, chooser, step
+        )
     if outcome.skipped:
         logger.info("%d steps were skipped because a gradient overflowed", outcome.skipped)
     aside = ", ".join(f"{name} {clock(seconds)}" for name, seconds in outcome.seconds.items())
@@ -171,82 +176,25 @@ def _say_outcome(options: Options, outcome: Outcome, log: RunLog) -> None:
     logger.info("the model is in %s", options.output_dir)
 
 
-def _evaluate_only(options: Options, process: Process) -> None:
-    assert options.student_model is not None  # the options' own check
-    with process.together():
-        if process.is_main:
-            check_can_make(options.output_dir, "--output_dir")
-            check_results(options.output_dir, options.task)
-            check_logs(options.fps_acc_dir, options.log_name(process.world_size))
-        loaded = load_complete(options.student_model, options.task, options.do_lower_case)
-        check_lengths(loaded.model.config, loaded.folder, options.task, options.max_seq_length)
-        dev = DevSets.read(options, loaded.tokenizer)
-    precision = _precision(options, process)
-    loaded.model.to(process.device)
-    precision.prepare_frozen(loaded.model)
-    with RunLog(options.fps_acc_dir, options.log_name(process.world_size), process) as log:
-        results = dev.judge(loaded.model, _padding(options, loaded), process, precision)
-        parameters = sum(p.numel() for p in loaded.model.parameters())
-        for name, judged in results.items():
-            logger.info("%s: %s", options.student_model, _shown(name, judged))
-            log.line(0, 0, judged.examples_per_second, judged.metrics[options.task.chosen_by])
-            log.record(
-                "eval",
-                file=name,
-                model=str(options.student_model),
-                parameters=parameters,
-                fps=judged.examples_per_second,
-                **judged.metrics,
-            )
-        if process.is_main:
-            write_results(options.output_dir, options.task, results)
-
-
-@dataclass(frozen=True)
-class DevSets:
-    """The task's dev files, tokenized, by name."""
-
-    task: Task
-    batch_size: int
-    features: dict[str, Features]
-
-    @classmethod
-    def read(cls, options: Options, tokenizer: BertTokenizer) -> DevSets:
-        """Reads and tokenizes every dev file of the task."""
-        examples = {name: read_examples(options.data_dir / name, options.task) for name in options.task.dev_files}
-        features = {name: make_features(rows, tokenizer, options.max_seq_length) for name, rows in examples.items()}
-        return cls(options.task, options.eval_batch_size, features)
-
-    def judge(
-        self, model: TinyBertForSequenceClassification, padding: Padding, process: Process, precision: Precision
-    ) -> dict[str, Evaluation]:
-        """Evaluates a model on each file."""
-        return {
-            name: evaluate(model, features, self.task, padding, self.batch_size, process, precision)
-            for name, features in self.features.items()
-        }
-
-
 def _models(options: Options) -> tuple[LoadedModel | None, LoadedModel]:
     """The teacher, where there is one, and the model that is trained."""
     assert options.teacher_model is not None  # the options' own check
+    lower = choose_case(options.do_lower_case, (options.student_model, options.teacher_model))
     if options.stage is Stage.FINETUNE:
         learner = load_learner(
             options.teacher_model,
             options.task,
-            options.do_lower_case,
+            lower,
             transfer_learning=options.transfer_learning,
             head=options.teacher_head,
         )
         return None, learner
     assert options.student_model is not None
-    teacher = load_complete(
-        options.teacher_model, options.task, options.do_lower_case, options.teacher_head, "the teacher"
-    )
+    teacher = load_complete(options.teacher_model, options.task, lower, options.teacher_head, "the teacher")
     learner = load_learner(
         options.student_model,
         options.task,
-        options.do_lower_case,
+        lower,
         teacher_size=teacher.model.config.hidden_size if options.stage is Stage.INTERMEDIATE else 0,
         transfer_learning=options.transfer_learning,
     )
@@ -256,14 +204,17 @@ def _models(options: Options) -> tuple[LoadedModel | None, LoadedModel]:
 
 
 def _stage(options: Options, teacher: LoadedModel | None, learner: LoadedModel) -> TrainingStage:
+    regression = options.task.is_regression
     if teacher is None:
-        return FineTuning()
+        return FineTuning(regression)
     teacher.model.eval().requires_grad_(False)
     if options.stage is Stage.PREDICTION:
-        return PredictionStage(teacher.model, options.temperature)
-    check_same_heads(teacher, learner)
+        return PredictionStage(teacher.model, options.temperature, options.regression_target if regression else None)
+    if "attention" in options.losses:
+        check_same_heads(teacher, learner)
     layers = learner.model.config.num_hidden_layers, teacher.model.config.num_hidden_layers
-    return IntermediateStage(teacher.model, uniform_layer_map(*layers), options.padding == "max_length")
+    layer_map = choose_layer_map(options.layer_map, *layers)
+    return IntermediateStage(teacher.model, layer_map, options.padding == "max_length", options.losses)
 
 
 def _training_file(options: Options) -> Path:
@@ -272,16 +223,10 @@ def _training_file(options: Options) -> Path:
     if not options.data_dir.is_dir():
         raise UserError(f"{options.data_dir}: no such folder; --data_dir holds {name} and the task's dev file")
     if options.aug_train and not path.is_file():
-        raise UserError(f"{path}: not found; leave out --aug_train (with the scripts: AUG_TRAIN=0) to use train.tsv")
+        raise UserError(
+            f"{path}: not found; leave out --aug_train (with the scripts: AUG_TRAIN=0) to use {options.task.train_file}"
+        )
     return path
-
-
-def _padding(options: Options, loaded: LoadedModel) -> Padding:
-    return Padding(options.padding == "max_length", options.max_seq_length, loaded.tokenizer.pad_token_id)
-
-
-def _precision(options: Options, process: Process) -> Precision:
-    return choose_precision(process.device, options.amp, options.opt_level, options.loss_scale, options.amp_dtype)
 
 
 def _schedule(options: Options) -> Schedule:
@@ -312,43 +257,3 @@ def _say_settings(options: Options, process: Process, parts: TrainingParts) -> N
         options.num_train_epochs,
         parameters / 1e6,
     )
-
-
-def _shown(name: str, judged: Evaluation) -> str:
-    metrics = ", ".join(f"{key} {value:.4f}" for key, value in judged.metrics.items())
-    return f"{name}: {metrics} ({judged.examples} examples, {judged.examples_per_second:.0f} a second)"
-
-
-def _results_files(output_dir: Path, task: Task) -> dict[str, Path]:
-    """Where the metrics of each dev file go: OUTPUT/eval_results.txt, of a second one OUTPUT-MM/eval_results.txt."""
-    output_dir = output_dir.resolve()  # "." has no name that could be added to
-    folders = [output_dir, output_dir.with_name(output_dir.name + "-MM")]
-    return {name: folder / "eval_results.txt" for folder, name in zip(folders, task.dev_files, strict=False)}
-
-
-def check_results(output_dir: Path, task: Task) -> None:
-    """Checks, and makes nothing, that the metrics can be written.
-
-    Raises:
-        UserError: a folder cannot be made, or a file cannot be appended to.
-    """
-    for path in _results_files(output_dir, task).values():
-        check_can_make(path.parent, "--output_dir")
-        if path.is_dir():
-            raise UserError(f"{path}: is a folder where the metrics are to be written")
-
-
-def write_results(output_dir: Path, task: Task, results: dict[str, Evaluation], **also: int) -> None:
-    """Appends the metrics of each dev file to its eval_results.txt.
-
-    Raises:
-        UserError: a file cannot be written.
-    """
-    for name, path in _results_files(output_dir, task).items():
-        values = {**results[name].metrics, **also}
-        make_folder(path.parent, "--output_dir")
-        try:
-            with path.open("a", encoding="utf-8") as file:
-                file.writelines(f"{key} = {values[key]}\n" for key in sorted(values))
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror})") from None

@@ -26,10 +26,35 @@ def uniform_layer_map(student_layers: int, teacher_layers: int) -> tuple[int, ..
     block, rest = divmod(teacher_layers, student_layers)
     if rest:
         raise UserError(
-            f"the teacher has {teacher_layers} layers and the student {student_layers}: "
-            "the uniform layer map needs a teacher whose depth is a multiple of the student's"
+            f"the teacher has {teacher_layers} layers and the student {student_layers}: the uniform layer map "
+            "needs a teacher whose depth is a multiple of the student's; --layer_map gives another"
         )
     return tuple(block * layer for layer in range(1, student_layers + 1))
+
+
+def choose_layer_map(choice: str | tuple[int, ...], student_layers: int, teacher_layers: int) -> tuple[int, ...]:
+    """The teacher's layer g(m) for each student layer m = 1..M.
+
+    Args:
+        choice: `uniform`; `top` or `bottom`, the teacher's last or first M layers (paper, section 4.5);
+            or the layers themselves.
+
+    Raises:
+        UserError: the choice does not fit the two models.
+    """
+    if choice == "uniform":
+        return uniform_layer_map(student_layers, teacher_layers)
+    if isinstance(choice, tuple):
+        given = ",".join(map(str, choice))
+        if len(choice) != student_layers:
+            raise UserError(f"--layer_map {given}: names {len(choice)} layers, the student has {student_layers}")
+        if max(choice) > teacher_layers:
+            raise UserError(f"--layer_map {given}: the teacher has {teacher_layers} layers, numbered from 1")
+        return choice
+    if student_layers > teacher_layers:
+        raise UserError(f"--layer_map {choice}: the student has {student_layers} layers, the teacher {teacher_layers}")
+    first = teacher_layers - student_layers if choice == "top" else 0
+    return tuple(range(first + 1, first + student_layers + 1))
 
 
 def attention_loss(
@@ -83,6 +108,11 @@ def prediction_loss(student: Tensor, teacher: Tensor, temperature: float, totals
 def label_loss(logits: Tensor, labels: Tensor, totals: Totals) -> Tensor:
     """Cross-entropy of logits [batch, classes] with label ids [batch], a mean over examples."""
     return functional.cross_entropy(logits.float(), labels, reduction="sum") / totals.examples
+
+
+def regression_loss(scores: Tensor, targets: Tensor, totals: Totals) -> Tensor:
+    """Squared error of scores [batch, 1] against targets, [batch] or [batch, 1]; a mean over examples."""
+    return (scores.float().flatten() - targets.float().flatten()).square().sum() / totals.examples
 
 
 def all_tokens(mask: Tensor) -> Tensor:

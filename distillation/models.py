@@ -7,6 +7,7 @@ may get a new classifier or projection, and a line says so.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 
 from data_processing.tasks import Task
+from distillation.labels import in_task_order, names_the_task
 from transformer.configuration import BertConfig
 from transformer.errors import UserError
 from transformer.file_utils import read_weights
@@ -27,6 +29,7 @@ from transformer.loading import (
     with_encoder_prefix,
 )
 from transformer.tokenization import BertTokenizer
+from transformer.vocabulary import TOKENIZER_CONFIG_NAME, stated_case, vocabulary_path
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +43,40 @@ class LoadedModel:
     model: TinyBertForSequenceClassification
     tokenizer: BertTokenizer
     folder: Path
+
+
+def choose_case(asked: bool | None, folders: Sequence[Path | None]) -> bool:
+    """Whether the run's models read lower-cased text.
+
+    Args:
+        asked: what the flags or the task file say; None leaves it to the folders.
+        folders: of the models, which say it in their files or show it in their vocabularies; None is no model.
+
+    Returns:
+        Where neither flag nor folder tells, False, as in the original.
+
+    Raises:
+        UserError: the folders say otherwise than what is asked, or than each other.
+    """
+    there = [folder for folder in folders if folder is not None and os.path.isfile(vocabulary_path(folder))]
+    stated = [(folder, case) for folder in there if (case := stated_case(folder)) is not None]
+    words = {True: "uncased", False: "cased"}
+    for folder, case in stated:
+        if asked is not None and case.lower != asked:
+            how = "leave out --do_lower_case (with the scripts: DO_LOWER_CASE=0)" if asked else "set lower_case to true"
+            raise UserError(f"{folder}: this model is {words[case.lower]} ({case.evidence}); {how}")
+    if asked is not None or not stated:
+        return bool(asked)
+    (folder, first), *rest = stated
+    for other, case in rest:
+        if case.lower != first.lower:
+            raise UserError(
+                f"{folder} and {other}: one model is {words[first.lower]} ({first.evidence}), "
+                f"the other {words[case.lower]} ({case.evidence})"
+            )
+    if first.lower and not first.evidence.startswith(TOKENIZER_CONFIG_NAME):  # which is plain enough
+        logger.info("%s: an uncased model (%s): its text is lower-cased, as by --do_lower_case", folder, first.evidence)
+    return first.lower
 
 
 def load_complete(
@@ -64,17 +101,14 @@ def load_complete(
             f"{folder}: {use} has no classifier, it is a raw BERT; "
             "fine-tune it on the task first (main.py --do_finetune, or test/train_teacher_1p.sh)"
         )
-    if labels != len(task.labels):
-        raise UserError(
-            f"{folder}: the classifier of {use} tells {labels} labels apart, {task.name} has {len(task.labels)}"
-        )
-    _check_label_order(folder, config, task)
+    if labels != task.outputs:
+        raise UserError(f"{folder}: the classifier of {use} {_mismatch(labels, task)}")
     model = _build(folder, config, weights, labels, 0, False)
-    report = model.load(weights, folder)
+    report = model.load(in_task_order(weights, config, task, folder), folder)
     if report.missing:
         raise UserError(f"{folder}: the weights lack {summarise(report.missing)}, which {use} needs")
     _say_unused(folder, [key for key in report.unexpected if not key.startswith(_PROJECTIONS)])
-    model.set_labels(task.labels, config.relu_head if head is None else head == "relu")
+    model.set_labels(label_names(task), config.relu_head if head is None else head == "relu")
     return LoadedModel(model.eval(), tokenizer, folder)
 
 
@@ -104,23 +138,22 @@ def load_learner(
     config, weights, tokenizer = _read(folder, do_lower_case)
     anew = []
     labels = num_labels_of(weights)
-    if labels is not None and labels != len(task.labels):
+    if labels is not None and labels != task.outputs:
         if not transfer_learning:
-            raise UserError(
-                f"{folder}: the classifier tells {labels} labels apart, {task.name} has {len(task.labels)}; "
-                "--transfer_learning begins it anew"
-            )
+            raise UserError(f"{folder}: the classifier {_mismatch(labels, task)}; --transfer_learning begins it anew")
         weights = {key: tensor for key, tensor in weights.items() if not key.startswith("classifier.")}
     if teacher_size and projection_size(weights) not in (0, teacher_size):
         weights = {key: tensor for key, tensor in weights.items() if not key.startswith(_PROJECTIONS)}
     fit_size = teacher_size or projection_size(weights)
-    model = _build(folder, config, weights, len(task.labels), fit_size, has_layer_projections(weights))
+    model = _build(folder, config, weights, task.outputs, fit_size, has_layer_projections(weights))
+    if labels == task.outputs and names_the_task(config, task):  # of another task it is only where to start from
+        weights = in_task_order(weights, config, task, folder)
     report = model.load(weights, folder)
     anew = sorted({key.rsplit(".", 1)[0] for key in report.missing})
     if anew:
         logger.info("%s: not in the checkpoint, begun anew: %s", folder, ", ".join(anew))
     _say_unused(folder, report.unexpected)
-    model.set_labels(task.labels, config.relu_head if head is None else head == "relu")
+    model.set_labels(label_names(task), config.relu_head if head is None else head == "relu")
     return LoadedModel(model, tokenizer, folder)
 
 
@@ -131,7 +164,7 @@ def _read(folder: Path, do_lower_case: bool) -> tuple[BertConfig, dict, BertToke
     tokenizer = BertTokenizer.from_pretrained(folder, do_lower_case)
     if len(tokenizer) > config.vocab_size:
         raise UserError(
-            f"{folder}: vocab.txt has {len(tokenizer)} tokens, config.json says vocab_size {config.vocab_size}"
+            f"{folder}: the vocabulary has {len(tokenizer)} tokens, config.json says vocab_size {config.vocab_size}"
         )
     return config, with_encoder_prefix(read_weights(folder)), tokenizer
 
@@ -145,14 +178,15 @@ def _build(
     return TinyBertForSequenceClassification(config, labels, fit_size, per_layer)
 
 
-def _check_label_order(folder: Path, config: BertConfig, task: Task) -> None:
-    names = [config.id2label.get(index, "").lower() for index in range(len(task.labels))]
-    expected = [label.lower() for label in task.labels]
-    if names != expected and sorted(names) == sorted(expected):
-        raise UserError(
-            f"{folder}: config.json names the labels in the order {', '.join(names)}, "
-            f"{task.name}'s order is {', '.join(expected)}; its predictions would be taken for others"
-        )
+def label_names(task: Task) -> tuple[str, ...]:
+    """How a model of this task names its outputs in config.json: in words where there are any."""
+    return task.meanings or task.labels or ("score",)
+
+
+def _mismatch(labels: int, task: Task) -> str:
+    if task.is_regression:
+        return f"tells {labels} labels apart, {task.name} is a regression: it needs one output"
+    return f"tells {labels} labels apart, {task.name} has {len(task.labels)}"
 
 
 def _say_unused(folder: Path, keys: Sequence[str]) -> None:

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from distillation.checkpoint import check_output_dir, save_model
 from distillation.device import seed_process
+from distillation.flags import OneLineParser, path
 from distillation.launch import run_entry
 from distillation.losses import uniform_layer_map
-from distillation.options import OneLineParser, check_seed, path
+from distillation.options import check_seed
 from transformer.configuration import LINEAR_HEAD_ARCHITECTURE, RELU_HEAD_ARCHITECTURE, BertConfig
 from transformer.errors import UserError
 from transformer.file_utils import read_weights

@@ -1,22 +1,25 @@
-"""The flags, once. `main.py` and the commands beside it share them as one typed `Options`.
+"""What a run is told: the flags (`flags.py`) and the task's defaults, checked, as one typed `Options`.
 
 A mistake in a flag is a UserError, raised before any file is read.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
+from data_processing.task_files import read_task_file
 from data_processing.tasks import Task, find_task
+from distillation.flags import Entry, build_parser
 from transformer.errors import UserError
 
 _MOST_EPOCHS = 10_000_000
+LOSSES = ("attention", "hidden", "embedding")
+LAYER_MAPS = ("uniform", "top", "bottom")
 
 
 class Stage(Enum):
@@ -26,6 +29,7 @@ class Stage(Enum):
     PREDICTION = "prediction-layer distillation"
     FINETUNE = "fine-tuning"
     EVALUATION = "evaluation"
+    PREDICTIONS = "predictions"
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Options:
     cache_dir: str
     data_url: str
     max_seq_length: int
-    do_lower_case: bool
+    do_lower_case: bool | None  # None: the models' folders tell
     train_batch_size: int
     eval_batch_size: int
     learning_rate: float
@@ -69,11 +73,17 @@ class Options:
     padding: str
     group_by_length: bool
     teacher_head: str | None
+    layer_map: str | tuple[int, ...]  # one of LAYER_MAPS, or the teacher's layer for each student layer
+    losses: tuple[str, ...]  # of LOSSES
+    regression_target: str
+    predict_file: str | None
     overwrite_output_dir: bool
 
     def log_name(self, world_size: int) -> str:
         """The name of the log in fps_acc_dir of a run with so many processes, without .txt."""
         processes = f"{world_size}p"
+        if self.stage is Stage.PREDICTIONS:
+            return f"predict_{processes}"
         if self.stage is Stage.EVALUATION:
             return f"train_eval_{processes}"
         if self.stage is Stage.FINETUNE:
@@ -82,161 +92,114 @@ class Options:
         return f"train_{kind}_{processes}_{2 if self.stage is Stage.PREDICTION else 1}"
 
 
-def path(text: str) -> Path:
-    """A path that a flag names; it need not exist.
-
-    Raises:
-        UserError: no file can have that name.
-    """
-    if not text:
-        raise UserError("a folder's name is empty; . is the current folder")
-    try:
-        Path(text).exists()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{text}: no file can have this name ({getattr(error, 'strerror', error)})") from None
-    return Path(text)
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults that there are."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, "") else super()._get_help_string(action)
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose mistakes are UserErrors, so that they are told as one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
-
-
-def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
-    """The parser of the entries' flags; defaults that depend on the task are None here."""
-    parser = OneLineParser(prog=prog, description=description, allow_abbrev=False, formatter_class=HelpFormatter)
-    group = parser.add_argument_group("what to do")
-    group.add_argument("--task_name", required=True, help="the task, in any case")
-    group.add_argument(
-        "--pred_distill",
-        action="store_true",
-        help="prediction-layer distillation; without this flag, intermediate-layer distillation",
-    )
-    group.add_argument("--do_eval", action="store_true", help="evaluate the model in --student_model, train nothing")
-    group.add_argument(
-        "--do_finetune",
-        action="store_true",
-        help="train the model in --teacher_model on the labels: that makes a teacher",
-    )
-    group.add_argument(
-        "--transfer_learning",
-        action="store_true",
-        help="start from a student of another task: its classifier begins anew where the number of labels differs",
-    )
-    group.add_argument("--performance", action="store_true", help="measure speed: stop after 1000 steps")
-
-    group = parser.add_argument_group("folders")
-    group.add_argument("--data_dir", required=True, type=path, help="folder of the task's .tsv files")
-    group.add_argument("--teacher_model", type=path, help="folder of config.json, weights and vocab.txt")
-    group.add_argument("--student_model", type=path, help="likewise; not needed with --do_finetune")
-    group.add_argument("--output_dir", required=True, type=path, help="where the trained model is written")
-    group.add_argument("--fps_acc_dir", required=True, type=path, help="folder of the fps and accuracy logs")
-    group.add_argument("--overwrite_output_dir", action="store_true", help="write into a folder that is not empty")
-    group.add_argument("--cache_dir", default="", help="of the original scripts; has no effect here")
-    group.add_argument("--data_url", default="", help="of the original scripts; has no effect here")
-
-    group = parser.add_argument_group("data")
-    group.add_argument("--max_seq_length", type=int, help="in WordPieces, specials included (default: the task's)")
-    group.add_argument("--do_lower_case", action="store_true", help="set for an uncased model")
-    group.add_argument("--aug_train", action="store_true", help="train on train_aug.tsv instead of train.tsv")
-    group.add_argument(
-        "--padding",
-        choices=("longest", "max_length"),
-        default="longest",
-        help="longest: pad a batch to its longest example, padding counts in no loss; "
-        "max_length: pad to --max_seq_length and count padding, as the original does",
-    )
-    group.add_argument(
-        "--group_by_length",
-        action="store_true",
-        help="put examples of like length into a batch: faster with --padding longest",
-    )
-    group.add_argument("-j", "--workers", type=int, default=4, help="threads that prepare batches ahead")
-
-    group = parser.add_argument_group("training")
-    group.add_argument("--train_batch_size", type=int, default=32, help="in all, over devices and accumulation steps")
-    group.add_argument("--eval_batch_size", type=int, default=32, help="examples an evaluation batch")
-    group.add_argument("--learning_rate", type=float, default=5e-5, help="the peak rate")
-    group.add_argument("--weight_decay", "--wd", type=float, default=0.01, help="decoupled; not on biases, LayerNorms")
-    group.add_argument("--num_train_epochs", type=float, help="may be a fraction (default: the task's, else 3)")
-    group.add_argument("--warmup_proportion", type=float, default=0.1, help="share of steps in which the rate rises")
-    group.add_argument("--gradient_accumulation_steps", type=int, default=1, help="micro-batches an optimizer step")
-    group.add_argument("--temperature", type=float, default=1.0, help="of the prediction loss")
-    group.add_argument("--seed", type=int, default=42, help="of shuffling, dropout and new weights")
-    group.add_argument("--eval_step", type=int, default=100, help="optimizer steps between evaluations")
-    group.add_argument("--output_txt_step", type=int, default=100, help="steps between lines of the fps log")
-    group.add_argument(
-        "--teacher_head",
-        choices=("relu", "linear"),
-        help="whether the teacher's classifier reads relu(pooled) or pooled (default: what its config says)",
-    )
-
-    group = parser.add_argument_group("devices and precision")
-    group.add_argument("--device", choices=("npu", "gpu", "cpu", "auto"), default="auto", help="what to run on")
-    group.add_argument("--device_list", default="0", help="device ids, as 0,1,2: one process each")
-    group.add_argument("--addr", default="127.0.0.1", help="address of the first process")
-    group.add_argument("--port", type=int, help="its port (default: a free one)")
-    group.add_argument("--amp", action="store_true", help="mixed precision")
-    group.add_argument("--opt_level", choices=("O0", "O1", "O2", "O3"), default="O1", help="of mixed precision")
-    group.add_argument("--loss_scale", default="128", help="a number; dynamic or -1 for dynamic scaling")
-    group.add_argument(
-        "--amp_dtype",
-        choices=("auto", "bf16", "fp16"),
-        default="auto",
-        help="the half precision; auto: apex's where it is installed, else bf16 where the device has it",
-    )
-    return parser
-
-
-def parse_options(arguments: Sequence[str], prog: str, description: str, default_task: str) -> Options:
+def parse_options(arguments: Sequence[str], entry: Entry) -> Options:
     """Parses and checks an entry's flags.
 
     Args:
         arguments: the command line without the program's name.
-        prog, description: for --help.
-        default_task: the task whose own defaults apply; for any other they are 3 epochs and length 64.
+        entry: which flags there are, and the defaults.
 
     Raises:
         UserError: a flag is unknown, missing, or its value is of no use.
     """
-    values = vars(build_parser(prog, description).parse_args(list(arguments)))
-    task = find_task(values.pop("task_name"))
-    stage = _stage(values.pop("do_eval"), values.pop("do_finetune"), values.pop("pred_distill"))
+    values = vars(build_parser(entry).parse_args(list(arguments)))
+    task = _task(values.pop("task_name"), values.pop("task_file", None), values, entry)
+    stages = {flag: values.pop(flag) for flag in ("do_eval", "do_predict", "do_finetune", "pred_distill")}
+    stage = _stage(stages)
     _require_models(stage, values["teacher_model"], values["student_model"])
-    with_defaults = task.name == default_task
+    with_defaults = entry.tasks_with_defaults is None or task.name in entry.tasks_with_defaults
     if values["max_seq_length"] is None:
-        values["max_seq_length"] = (task.max_seq_length if with_defaults else None) or 64
+        values["max_seq_length"] = (task.max_seq_length if with_defaults else None) or entry.max_seq_length
     if values["num_train_epochs"] is None:
         intermediate = with_defaults and stage is Stage.INTERMEDIATE
         values["num_train_epochs"] = (task.intermediate_epochs if intermediate else None) or 3.0
+    if values["fps_acc_dir"] is None:
+        assert entry.fps_acc_dir is not None  # the parser requires the flag elsewhere
+        values["fps_acc_dir"] = entry.fps_acc_dir / task.name
+    if values["predict_file"] is not None and stage is not Stage.PREDICTIONS:
+        raise UserError("--predict_file names what --do_predict reads; give both")
+    if entry.tasks is not None:
+        values["data_url"] = ""  # of the original main.py, which did nothing with it
+    values["do_lower_case"] = _lower_case(values["do_lower_case"], task)
+    values["device"] = _device(values["device"], values.pop("no_cuda", False))
     values["device_list"] = _device_list(values["device_list"])
     values["loss_scale"] = _loss_scale(values["loss_scale"])
+    values["layer_map"] = _layer_map(values["layer_map"])
+    values["losses"] = _losses(values["losses"])
     _check_numbers(values)
     known = {field.name for field in fields(Options)}
     return Options(task=task, stage=stage, **{name: value for name, value in values.items() if name in known})
 
 
-def _stage(do_eval: bool, do_finetune: bool, pred_distill: bool) -> Stage:
-    if do_eval + do_finetune + pred_distill > 1:
-        raise UserError("give only one of --do_eval, --do_finetune and --pred_distill")
-    if do_eval:
-        return Stage.EVALUATION
-    if do_finetune:
-        return Stage.FINETUNE
-    return Stage.PREDICTION if pred_distill else Stage.INTERMEDIATE
+def _task(name: str | None, file: Path | None, values: dict[str, Any], entry: Entry) -> Task:
+    """The task that the flags name; a task file's folder is where its data is unless --data_dir says otherwise."""
+    if (name is None) == (file is None):
+        raise UserError("give either --task_name, a task of GLUE, or --task_file, a task of your own")
+    if file is not None:
+        task = read_task_file(file)
+        if values["data_dir"] is None:
+            values["data_dir"] = file.parent
+        return task
+    task = find_task(name or "", entry.tasks)
+    if entry.tasks is not None and task.name not in entry.tasks:
+        raise UserError(
+            f"--task_name {name}: {entry.prog} is for {' and '.join(entry.tasks)}; "
+            "task_distill.py takes all of GLUE and tasks of your own"
+        )
+    if values["data_dir"] is None:
+        raise UserError("--data_dir is required: the folder of the task's files")
+    return task
+
+
+def _lower_case(flag: bool, task: Task) -> bool | None:
+    if flag and task.lower_case is False:
+        raise UserError(f"--do_lower_case: the file of {task.name} says that its models are cased")
+    return True if flag else task.lower_case
+
+
+def _device(device: str, no_cuda: bool) -> str:
+    if no_cuda and device not in ("auto", "cpu"):
+        raise UserError(f"--no_cuda and --device {device}: give one of them")
+    return "cpu" if no_cuda else device
+
+
+def _layer_map(text: str) -> str | tuple[int, ...]:
+    if text in LAYER_MAPS:
+        return text
+    try:
+        layers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        layers = (0,)
+    if min(layers) < 1:
+        raise UserError(
+            f"--layer_map {text}: expected the teacher's layers, from 1, split by commas, as 3,6,9,12; "
+            f"or one of {', '.join(LAYER_MAPS)}"
+        )
+    return layers
+
+
+def _losses(text: str) -> tuple[str, ...]:
+    names = text.split(",")
+    if not set(names) <= set(LOSSES) or len(set(names)) < len(names):
+        raise UserError(f"--losses {text}: expected one or more of {', '.join(LOSSES)}, split by commas")
+    return tuple(name for name in LOSSES if name in names)
+
+
+def _stage(given: dict[str, bool]) -> Stage:
+    stages = {
+        "do_eval": Stage.EVALUATION,
+        "do_predict": Stage.PREDICTIONS,
+        "do_finetune": Stage.FINETUNE,
+        "pred_distill": Stage.PREDICTION,
+    }
+    named = [flag for flag, value in given.items() if value]
+    if len(named) > 1:
+        raise UserError(f"give only one of {' and '.join(f'--{flag}' for flag in named)}")
+    return stages[named[0]] if named else Stage.INTERMEDIATE
 
 
 def _require_models(stage: Stage, teacher: Path | None, student: Path | None) -> None:
-    if teacher is None and stage is not Stage.EVALUATION:
+    if teacher is None and stage not in (Stage.EVALUATION, Stage.PREDICTIONS):
         raise UserError(f"--teacher_model is required for {stage.value}")
     if student is None and stage is not Stage.FINETUNE:
         raise UserError(f"--student_model is required for {stage.value}")

@@ -48,56 +48,110 @@ class IntermediateStage:
     teacher: frozen.
     layer_map: the teacher's layer for each of the student's layers, from 1.
     padding_counts: whether the means run over padding too, as the original's do.
+    parts: which of `attention`, `hidden` and `embedding` are learned.
     """
 
     teacher: TinyBertForSequenceClassification
     layer_map: Sequence[int]
     padding_counts: bool
+    parts: tuple[str, ...] = ("attention", "hidden", "embedding")
     schedule: str = "none"
-    unused: tuple[str, ...] = ("classifier.", "bert.pooler.")
     by_metric: bool = False
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        own = range(1, len(self.layer_map) + 1)
+        unused = ["classifier.", "bert.pooler."]
+        if "hidden" not in self.parts:
+            unused += [f"fit_denses.{layer}." for layer in own]
+            if "attention" in self.parts:  # of the last layer only what its scores are made of
+                last = f"bert.encoder.layer.{len(self.layer_map) - 1}."
+                unused += [last + part for part in ("attention.self.value.", "attention.output.", "intermediate.")]
+                unused += [last + "output."]
+            else:
+                unused += ["bert.encoder."]
+        if "embedding" not in self.parts:
+            unused += ["fit_denses.0."]
+        if self.parts == ("attention",):
+            unused += ["fit_dense."]
+        return tuple(unused)
 
     def losses(self, model: Callable[..., TinyBertOutput], batch: Batch, totals: Totals) -> Losses:
         inputs = batch.input_ids, batch.token_type_ids, batch.attention_mask
-        layers = (0, *self.layer_map)
+        attention = "attention" in self.parts
+        learned_layers, taught_layers = self._hidden_layers()
         with torch.no_grad():
-            taught = self.teacher(*inputs, hidden_layers=layers, attention_layers=self.layer_map, with_logits=False)
-        learned = model(*inputs, is_student=True, with_logits=False)
+            taught = self.teacher(
+                *inputs,
+                hidden_layers=taught_layers,
+                attention_layers=self.layer_map if attention else (),
+                with_logits=False,
+            )
+        learned = model(
+            *inputs,
+            is_student=True,
+            hidden_layers=learned_layers,
+            attention_layers=range(1, len(self.layer_map) + 1) if attention else (),
+            with_logits=False,
+        )
         tokens = losses.all_tokens(batch.attention_mask) if self.padding_counts else batch.attention_mask
-        return {
-            "att_loss": losses.attention_loss(
+        terms = {}
+        if attention:
+            terms["att_loss"] = losses.attention_loss(
                 learned.attention_scores, taught.attention_scores, batch.attention_mask, tokens, totals
-            ),
-            "rep_loss": losses.hidden_loss(learned.hidden_states, taught.hidden_states, tokens, totals),
-        }
+            )
+        if learned_layers:
+            terms["rep_loss"] = losses.hidden_loss(learned.hidden_states, taught.hidden_states, tokens, totals)
+        return terms
+
+    def _hidden_layers(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The student's layers whose states are compared, the embedding output being 0, and the teacher's."""
+        embedding = (0,) if "embedding" in self.parts else ()
+        if "hidden" not in self.parts:
+            return embedding, embedding
+        return (*embedding, *range(1, len(self.layer_map) + 1)), (*embedding, *self.layer_map)
 
 
 @dataclass(frozen=True)
 class PredictionStage:
-    """The teacher's soft logits (paper, equation 11 with m = M + 1); warm-up, then linear decay."""
+    """The teacher's soft logits (paper, equation 11 with m = M + 1); warm-up, then linear decay.
+
+    regression_target: where the task is a regression, whose scores are learned, by squared error: the
+    `labels`, as in the original, or the `teacher`'s; None where it is none.
+    """
 
     teacher: TinyBertForSequenceClassification
     temperature: float
+    regression_target: str | None = None
     schedule: str = "warmup_linear"
     unused: tuple[str, ...] = ("fit_dense.", "fit_denses.")
     by_metric: bool = True
 
     def losses(self, model: Callable[..., TinyBertOutput], batch: Batch, totals: Totals) -> Losses:
+        if self.regression_target == "labels":
+            return {"cls_loss": losses.regression_loss(_logits(model, batch), batch.labels, totals)}
         with torch.no_grad():
             target = _logits(self.teacher, batch)
+        if self.regression_target == "teacher":
+            return {"cls_loss": losses.regression_loss(_logits(model, batch), target, totals)}
         return {"cls_loss": losses.prediction_loss(_logits(model, batch), target, self.temperature, totals)}
 
 
 @dataclass(frozen=True)
 class FineTuning:
-    """The labels themselves, no teacher: how a teacher is made; warm-up, then linear decay."""
+    """The labels themselves, no teacher: how a teacher is made; warm-up, then linear decay.
 
+    regression: whether the labels are scores.
+    """
+
+    regression: bool = False
     schedule: str = "warmup_linear"
     unused: tuple[str, ...] = ("fit_dense.", "fit_denses.")
     by_metric: bool = True
 
     def losses(self, model: Callable[..., TinyBertOutput], batch: Batch, totals: Totals) -> Losses:
-        return {"cls_loss": losses.label_loss(_logits(model, batch), batch.labels, totals)}
+        loss = losses.regression_loss if self.regression else losses.label_loss
+        return {"cls_loss": loss(_logits(model, batch), batch.labels, totals)}
 
 
 def _logits(model: Callable[..., TinyBertOutput], batch: Batch) -> Tensor:

@@ -1,13 +1,15 @@
-"""Command: shows what a student says of some sentences, and that it says the same twenty times.
+"""Command: shows what a student says of some texts, and that it says the same twenty times.
 
     python test/demo.py --do_lower_case
     python test/demo.py --do_lower_case --model TinyBERT_dir --text "A film to remember."
+    python test/demo.py --model my_student --task_name MNLI --data_dir glue_dir/MNLI
 
 It runs on the CPU, where equal input gives logits that are equal bit for bit, and writes nothing.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
@@ -19,11 +21,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data_processing.batching import Batch, Padding
-from data_processing.features import Examples, make_features
-from data_processing.tasks import Task
+from data_processing.features import Examples, make_features, read_examples, unlabelled
+from data_processing.task_files import read_task_file
+from data_processing.tasks import Task, find_task
+from distillation.flags import OneLineParser
 from distillation.launch import run_entry
-from distillation.models import LoadedModel, check_lengths, load_complete
-from distillation.options import OneLineParser
+from distillation.models import LoadedModel, check_lengths, choose_case, label_names, load_complete
 from transformer.configuration import BertConfig
 from transformer.errors import UserError
 from transformer.file_utils import read_weights
@@ -40,32 +43,44 @@ SENTENCES = (
 )
 
 
-def load_any(folder: Path, do_lower_case: bool, max_seq_length: int) -> tuple[LoadedModel, Task]:
-    """Loads a classifier of single texts; its labels are named by its config.json, else 0, 1, …
-
-    Raises:
-        UserError: the folder holds no classifier, or it cannot read texts of that length.
-    """
+def any_task(folder: Path) -> Task:
+    """A task that fits the model: of single texts, its labels named by its config.json, else 0, 1, …"""
     names = BertConfig.from_pretrained(folder).id2label
     count = num_labels_of(read_weights(folder)) or len(names)
-    labels = tuple(names.get(index, str(index)) for index in range(count))
-    task = Task(name="the demo", text_columns=(0,), label_column=1, labels=labels)
-    loaded = load_complete(folder, task, do_lower_case)
-    check_lengths(loaded.model.config, folder, task, max_seq_length)
-    return loaded, task
+    labels = () if count == 1 else tuple(names.get(index, str(index)) for index in range(count))
+    return Task(name="the demo", text_columns=(0,), label_column=1, labels=labels)
 
 
-def make_batch(texts: Sequence[str], loaded: LoadedModel, max_seq_length: int) -> Batch:
-    """All texts as one batch; each keeps what fits in max_seq_length WordPieces."""
-    unlabelled = Examples((list(texts),), np.zeros(len(texts), dtype=np.int64))
-    features = make_features(unlabelled, loaded.tokenizer, max_seq_length)
+def dev_rows(task: Task, data_dir: Path) -> Examples:
+    """As many rows of the task's dev file as there are SENTENCES, from all over it."""
+    rows = read_examples(data_dir / task.dev_files[0], task)
+    chosen = np.unique(np.linspace(0, len(rows) - 1, len(SENTENCES)).astype(int))
+    return Examples(tuple([side[row] for row in chosen] for side in rows.texts), rows.labels[chosen])
+
+
+def given_texts(texts: Sequence[str], seconds: Sequence[str] | None, task: Task, task_named: bool) -> Examples:
+    """The user's texts; in pairs where there are second ones.
+
+    Raises:
+        UserError: not every text has its second, or the task is not of that form.
+    """
+    if seconds is not None and len(seconds) != len(texts):
+        raise UserError(f"there are {len(texts)} --text and {len(seconds)} --text_b: a pair needs one of each")
+    if task_named and (seconds is not None) != (len(task.text_columns) == 2):
+        raise UserError(f"{task.name} has {'pairs: give --text_b too' if seconds is None else 'single texts'}")
+    return unlabelled(texts, task, seconds)
+
+
+def make_batch(examples: Examples, loaded: LoadedModel, max_seq_length: int) -> Batch:
+    """All examples as one batch; each keeps what fits in max_seq_length WordPieces."""
+    features = make_features(examples, loaded.tokenizer, max_seq_length)
     padding = Padding(False, max_seq_length, loaded.tokenizer.pad_token_id)
-    return padding.collate(features, np.arange(len(texts)))
+    return padding.collate(features, np.arange(len(examples)))
 
 
 @torch.no_grad()
 def logits_of(loaded: LoadedModel, batch: Batch) -> torch.Tensor:
-    """[texts, labels]."""
+    """[texts, outputs]."""
     return loaded.model(batch.input_ids, batch.token_type_ids, batch.attention_mask).logits
 
 
@@ -75,19 +90,74 @@ def shown(text: str, most: int = 80) -> str:
     return start[:most] + ("…" if len(text) > most or len(start) > most else "")
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Loads, repeats, compares, prints."""
+def table(task: Task, logits: torch.Tensor, examples: Examples, labelled: bool) -> list[list[str]]:
+    """Rows of cells, the first one of headings: what is predicted, how surely, what was right, the texts."""
+    pairs = len(examples.texts) == 2
+    names = [shown(name, 30) for name in label_names(task)]
+    headings = ["score"] if task.is_regression else ["label", "probability"]
+    headings += (["in the file"] if labelled else []) + (["first text", "second text"] if pairs else ["text"])
+    rows = [headings]
+    for number, (output, label) in enumerate(zip(logits, examples.labels, strict=True)):
+        if task.is_regression:
+            cells, right = [f"{float(output):.2f}"], f"{label:.2f}"
+        else:
+            best = int(output.argmax())
+            cells, right = [names[best], f"{output.softmax(dim=0)[best]:.4f}"], names[label]
+        cells += ([right] if labelled else []) + [shown(side[number], 50 if pairs else 80) for side in examples.texts]
+        rows.append(cells)
+    return rows
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """The rows as lines, their cells under one another."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(f"{c:{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def flags_of(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parses and checks the flags.
+
+    Raises:
+        UserError: one of them is of no use.
+    """
     parser = OneLineParser(prog="demo.py", description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument("--model", type=Path, default=Path("TinyBERT_dir"), help="the student's folder")
     parser.add_argument("--max_seq_length", type=int, default=64, help="in WordPieces, specials included")
     parser.add_argument("--do_lower_case", action="store_true", help="set for an uncased model")
     parser.add_argument("--text", action="append", help="a text of your own; may be given several times")
+    parser.add_argument("--text_b", action="append", help="the second text of a pair, one for each --text")
+    parser.add_argument("--task_name", help="the task of GLUE that the model has learned")
+    parser.add_argument("--task_file", type=Path, help="or the task of your own")
+    parser.add_argument("--data_dir", type=Path, help="its data: shows rows of its dev file")
     flags = parser.parse_args(list(arguments))
     if flags.max_seq_length < 8:
         raise UserError(f"--max_seq_length {flags.max_seq_length}: expected 8 or more")
-    loaded, task = load_any(flags.model, flags.do_lower_case, flags.max_seq_length)
-    texts = flags.text or SENTENCES
-    batch = make_batch(texts, loaded, flags.max_seq_length)
+    if flags.task_name is not None and flags.task_file is not None:
+        raise UserError("give only one of --task_name and --task_file")
+    if flags.data_dir is not None and flags.task_name is None and flags.task_file is None:
+        raise UserError("--data_dir needs --task_name or --task_file, which say what is in it")
+    if flags.text_b is not None and flags.text is None:
+        raise UserError("--text_b is the second text of a pair; give --text too")
+    return flags
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Loads, repeats, compares, prints."""
+    flags = flags_of(arguments)
+    task = (
+        read_task_file(flags.task_file) if flags.task_file else find_task(flags.task_name) if flags.task_name else None
+    )
+    task_named, task = task is not None, task or any_task(flags.model)
+    lower = choose_case(True if flags.do_lower_case else task.lower_case, (flags.model,))
+    loaded = load_complete(flags.model, task, lower)
+    check_lengths(loaded.model.config, flags.model, task, flags.max_seq_length)
+    data_dir = flags.data_dir or (flags.task_file.parent if flags.task_file else None)
+    labelled = flags.text is None and data_dir is not None
+    if flags.text is None and data_dir is not None:
+        examples = dev_rows(task, data_dir)
+    else:
+        examples = given_texts(flags.text or SENTENCES, flags.text_b, task, task_named)
+    batch = make_batch(examples, loaded, flags.max_seq_length)
 
     first = logits_of(loaded, batch)
     for repetition in range(2, REPETITIONS + 1):
@@ -96,11 +166,7 @@ def main(arguments: Sequence[str]) -> None:
 
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that has not all letters ends no demo
-    width = max(5, *map(len, task.labels))
-    print(f"{'label':{width}}  probability  text")
-    for text, probabilities in zip(texts, first.softmax(dim=1), strict=True):
-        best = int(probabilities.argmax())
-        print(f"{task.labels[best]:{width}}  {probabilities[best]:11.4f}  {shown(text)}")
+    print(aligned(table(task, first, examples, labelled)))
     print(f"the logits were the same, bit for bit, in all {REPETITIONS} repetitions")
 
 

@@ -23,8 +23,8 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distillation.checkpoint import make_folder
+from distillation.flags import OneLineParser
 from distillation.launch import run_entry
-from distillation.options import OneLineParser
 from transformer.errors import UserError
 from transformer.file_utils import write_atomically
 

@@ -9,7 +9,6 @@ nearly all text; any other text takes the plain Python functions below.
 Not here: [CLS] and [SEP] around sentences, truncation, padding.
 """
 
-import io
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -21,12 +20,10 @@ from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
-from transformer.errors import UserError
 from transformer.file_utils import VOCAB_NAME, write_atomically
+from transformer.vocabulary import LONGEST_WORD, SPECIAL_TOKENS, read_vocabulary, vocabulary_path
 
-SPECIAL_TOKENS = ("[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]")
-_REQUIRED_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
-_LONGEST_WORD = 100  # characters; a longer basic token is [UNK]
+_SPECIAL_TOKENS = frozenset(SPECIAL_TOKENS.values())
 _CHUNK = 4096  # texts a call into Rust: enough for all cores, few enough to bound memory
 
 # Characters of which both sides make the same basic tokens, whatever stands around them. Left out of
@@ -89,50 +86,18 @@ def _part_punctuation(char: str) -> str:
     return f" {char} " if punctuation else char
 
 
-def _read_vocabulary(content: bytes, where: Path) -> dict[str, int]:
-    """The tokens of a vocabulary file, one a line, numbered from 0. Raises UserError."""
-    try:
-        # Any line ending will do, as in text mode; a byte order mark is no part of the first token.
-        lines = list(io.StringIO(content.decode("utf-8-sig"), newline=None))
-    except UnicodeDecodeError as error:
-        line_number = content.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{where}: line {line_number} is not UTF-8; save the vocabulary as UTF-8") from None
-    vocab: dict[str, int] = {}
-    for index, line in enumerate(lines):
-        token = line.strip()
-        if token in vocab:
-            raise UserError(
-                f"{where}: line {index + 1} repeats the token {token!r} of line {vocab[token] + 1}; "
-                "each token must stand once, or ids and embeddings disagree"
-            )
-        vocab[token] = index
-    if not vocab:
-        raise UserError(f"{where} is empty; put the vocabulary of the model there, one token a line")
-    missing = [token for token in _REQUIRED_TOKENS if token not in vocab]
-    if missing:
-        raise UserError(f"{where} has no {' '.join(missing)}; give the vocabulary of a BERT model")
-    return vocab
-
-
 class BertTokenizer:
-    """WordPieces and their ids, from a vocabulary file of one token a line.
+    """WordPieces and their ids, from a vocabulary file: vocab.txt, or a tokenizer.json that works as BERT's.
 
-    `vocab` maps tokens to ids (line numbers from 0). `mask_token_id` is None where the vocabulary
-    has no [MASK]. With `do_lower_case`, text is lower-cased and loses its accents.
+    `vocab` maps tokens to ids, which are 0 to n-1 in its order; `vocabulary_file` is what vocab.txt
+    holds of it, one token a line. `mask_token_id` is None where the vocabulary has no [MASK]. With
+    `do_lower_case`, whatever a tokenizer.json says, text is lower-cased and loses its accents.
 
-    Raises UserError if the file cannot be read, is empty, is not UTF-8, repeats a token, or lacks
-    [PAD], [UNK], [CLS] or [SEP].
+    Raises UserError if the file cannot be read or is no vocabulary of a BERT (see `read_vocabulary`).
     """
 
     def __init__(self, vocab_file: str | Path, do_lower_case: bool = True) -> None:
-        path = Path(vocab_file)
-        try:
-            self.vocabulary_file = path.read_bytes()
-        except OSError as error:
-            raise UserError(
-                f"cannot read the vocabulary {path} ({error.strerror}); give a model folder that holds {VOCAB_NAME}"
-            ) from None
-        self.vocab = _read_vocabulary(self.vocabulary_file, path)
+        self.vocab, self.vocabulary_file = read_vocabulary(Path(vocab_file))
         self.do_lower_case = do_lower_case
         self.pad_token_id = self.vocab["[PAD]"]
         self.unk_token_id = self.vocab["[UNK]"]
@@ -142,7 +107,7 @@ class BertTokenizer:
         self._tokens = list(self.vocab)
 
         # No special token is added to either: Rust would find it inside a word, the original does not.
-        pieces = WordPiece(self.vocab, unk_token="[UNK]", max_input_chars_per_word=_LONGEST_WORD)
+        pieces = WordPiece(self.vocab, unk_token="[UNK]", max_input_chars_per_word=LONGEST_WORD)
         self._from_words = Tokenizer(pieces)
         self._from_text = Tokenizer(pieces)
         self._from_text.normalizer = BertNormalizer(
@@ -155,8 +120,11 @@ class BertTokenizer:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, do_lower_case: bool = True) -> "BertTokenizer":
-        """The tokenizer of a model folder, from its vocab.txt. Raises UserError as the class does."""
-        return cls(Path(folder) / VOCAB_NAME, do_lower_case)
+        """The tokenizer of a model folder, from its vocab.txt or, where there is none, its tokenizer.json.
+
+        Raises UserError as the class does.
+        """
+        return cls(vocabulary_path(folder), do_lower_case)
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -168,7 +136,7 @@ class BertTokenizer:
         """
         words: list[str] = []
         for word in "".join(map(_clean, text)).split():
-            if word in SPECIAL_TOKENS:
+            if word in _SPECIAL_TOKENS:
                 words.append(word)
                 continue
             if self.do_lower_case:
@@ -219,7 +187,7 @@ class BertTokenizer:
         return tokens
 
     def save_vocabulary(self, folder: str | Path) -> Path:
-        """Write vocab.txt, byte for byte as it was read, whole or not at all; returns its path."""
+        """Write vocab.txt, whole or not at all; one that was read is written byte for byte. Returns its path."""
         target = Path(folder) / VOCAB_NAME
         target.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(target, lambda file: file.write(self.vocabulary_file))

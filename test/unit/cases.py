@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -190,6 +191,7 @@ class Workplace:
 
     def __post_init__(self) -> None:
         self.teacher, self.student, self.data = (self.folder / name for name in ("teacher", "student", "data"))
+        self.entry: ModuleType = main  # or task_distill
         self.model, self.output = self.folder / "model", self.folder / "output"
 
     def flags(self, **changes: Any) -> list[str]:
@@ -220,18 +222,18 @@ class Workplace:
         return flags
 
     def run(self, **changes: Any) -> Run:
-        """main.py in this process; fails the test where main.py fails."""
-        done = call(main.main, self.flags(**changes))
+        """The entry in this process; fails the test where the entry fails."""
+        done = call(self.entry.main, self.flags(**changes), self.entry.ENTRY.prog)
         assert done.status == 0, done.err
         return done
 
     def fails(self, **changes: Any) -> str:
-        """main.py in this process, which must refuse to run: its one line on standard error."""
+        """The entry in this process, which must refuse to run: its one line on standard error."""
         before = sorted(self.folder.rglob("*"))
-        done = call(main.main, self.flags(**changes))
+        done = call(self.entry.main, self.flags(**changes), self.entry.ENTRY.prog)
         assert done.status == 2
         assert sorted(self.folder.rglob("*")) == before, "something was written"
-        assert done.err.startswith("main.py: error: ")
+        assert done.err.startswith(f"{self.entry.ENTRY.prog}: error: ")
         assert done.err.endswith("\n")
         assert done.err.count("\n") == 1
         return done.err.strip()

@@ -17,6 +17,7 @@ import torch
 from torch import distributed
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
+import main
 from distillation import jobs
 from distillation.device import Process
 from distillation.options import parse_options
@@ -32,7 +33,7 @@ def run_all(runs: list[dict[str, Any]], process: Process) -> None:
                 first.extend(p.grad.clone() for group in optimizer.param_groups for p in group["params"])
 
         hook = register_optimizer_step_pre_hook(keep)
-        jobs.run(parse_options(run["flags"], "main.py", "", "SST-2"), process)
+        jobs.run(parse_options(run["flags"], main.ENTRY), process)
         hook.remove()
         if process.is_main:
             torch.save(first, run["gradients"])

@@ -184,7 +184,7 @@ MODELS = {
     "more words than embeddings": (
         config("teacher", vocab_size=99),
         {},
-        "teacher: vocab.txt has 100 tokens, config.json says vocab_size 99",
+        "teacher: the vocabulary has 100 tokens, config.json says vocab_size 99",
     ),
     "a raw BERT as a teacher": (
         weights("teacher", without_heads),
@@ -252,7 +252,7 @@ FLAGS = {
     "no student to evaluate": ({**EVAL, "student_model": None}, "--student_model is required for evaluation"),
     "two stages": (
         {"do_eval": True, "pred_distill": True},
-        "give only one of --do_eval, --do_finetune and --pred_distill",
+        "give only one of --do_eval and --pred_distill",
     ),
     "unknown device": ({"device": "tpu"}, "--device: invalid choice: 'tpu'"),
     "unknown level": ({"opt_level": "O4"}, "--opt_level: invalid choice: 'O4'"),

@@ -27,8 +27,9 @@ from cases import (
 import main
 from data_processing.batching import Padding
 from distillation import trainer
+from distillation.flags import build_parser
 from distillation.logs import FpsMeter
-from distillation.options import Options, Stage, build_parser, parse_options
+from distillation.options import Options, Stage, parse_options
 from transformer.configuration import BertConfig
 from transformer.heads import TinyBertForSequenceClassification
 
@@ -65,6 +66,7 @@ def test_from_an_encoder_to_a_student(sst2):
         "config.json",
         "eval_results.txt",
         "pytorch_model.bin",
+        "tokenizer_config.json",
         "vocab.txt",
     ]
 
@@ -183,7 +185,7 @@ def test_task_defaults_act_where_no_flag_is_given(task, flags, epochs, length):
 
 def options_of(*flags: str) -> Options:
     folders = ["--data_dir", "d", "--teacher_model", "t", "--student_model", "s", "--output_dir", "o"]
-    return parse_options([*folders, "--fps_acc_dir", "f", *flags], "main.py", "", default_task="SST-2")
+    return parse_options([*folders, "--fps_acc_dir", "f", *flags], main.ENTRY)
 
 
 def test_flags_have_the_originals_names_and_defaults():
@@ -192,7 +194,7 @@ def test_flags_have_the_originals_names_and_defaults():
         "cache_dir": "",
         "data_url": "",
         "max_seq_length": 64,
-        "do_lower_case": False,
+        "do_lower_case": None,
         "train_batch_size": 32,
         "eval_batch_size": 32,
         "learning_rate": 5e-5,
@@ -227,12 +229,12 @@ def test_flags_have_the_originals_names_and_defaults():
 
 
 def test_every_flag_is_explained():
-    unexplained = [action.dest for action in build_parser("main.py", "")._actions if not action.help]
+    unexplained = [action.dest for action in build_parser(main.ENTRY)._actions if not action.help]
     assert unexplained == []
 
 
 def test_help_promises_no_default_that_is_none():
-    words = build_parser("main.py", "").format_help()
+    words = build_parser(main.ENTRY).format_help()
     assert "default: None" not in words
     assert "(default: 5e-05)" in words
 

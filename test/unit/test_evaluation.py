@@ -8,10 +8,12 @@ import pytest
 import torch
 from cases import Golden, assert_close, assert_same_weights, read_bin, write_rows
 
+import task_distill
 from data_processing import tasks
 from data_processing.batching import Padding
 from data_processing.features import make_features, read_examples
-from data_processing.tasks import accuracy, find_task
+from data_processing.metrics import Metric, accuracy
+from data_processing.tasks import find_task
 from distillation import trainer
 from distillation.device import Process
 from distillation.evaluation import evaluate, predict
@@ -40,7 +42,10 @@ def metrics_in_turn(monkeypatch, task_name: str, values: list[float]) -> list[np
         seen.append(predictions)
         return {"acc": values[len(seen) - 1]}
 
-    table = tuple(dataclasses.replace(task, metric=metric) if task.name == task_name else task for task in tasks.TASKS)
+    table = tuple(
+        dataclasses.replace(task, metric=Metric(metric, "acc")) if task.name == task_name else task
+        for task in tasks.TASKS
+    )
     monkeypatch.setattr(tasks, "TASKS", table)
     return seen
 
@@ -83,7 +88,7 @@ def test_metrics_are_those_of_all_examples(parts):
 def test_a_metric_that_is_no_number_counts_as_0(parts):
     """Trap 40."""
     _, model, features, place = parts
-    task = dataclasses.replace(find_task(place.task), metric=lambda *_: {"acc": math.nan, "other": 0.25})
+    task = dataclasses.replace(find_task(place.task), metric=Metric(lambda *_: {"acc": math.nan, "other": 0.25}, "acc"))
     judged = evaluate(model, features, task, Padding(True, place.max_seq_length), 5, CPU, Precision())
     assert (judged.metrics["acc"], judged.metrics["other"]) == (0.0, 0.25)
 
@@ -152,7 +157,7 @@ def test_mnli_is_judged_on_both_files_and_matched_chooses(mnli):
 
 def test_mnli_mm_is_judged_on_the_mismatched_file_alone(mnli):
     (mnli.data / "dev_matched.tsv").unlink()
-    mnli.task = "mnli-mm"
+    mnli.task, mnli.entry = "mnli-mm", task_distill
     mnli.run(do_eval=True, student_model=mnli.teacher, teacher_model=None)
     assert [event["file"] for event in mnli.events("eval")] == ["dev_mismatched.tsv"]
 

@@ -8,7 +8,8 @@ import pytest
 from cases import write_rows
 
 from data_processing.batching import Padding
-from data_processing.features import Examples, Features, _truncated, make_features, read_examples, read_rows
+from data_processing.features import Examples, Features, _truncated, make_features, read_examples
+from data_processing.tables import read_table
 from data_processing.tasks import find_task
 from transformer.errors import UserError
 from transformer.tokenization import BertTokenizer
@@ -130,7 +131,7 @@ def test_line_endings_and_marks_are_no_part_of_the_rows(tmp_path, content):
 
 
 def test_a_byte_order_mark_without_a_header_is_no_part_of_the_text(tmp_path):
-    assert read_rows(sst2_file(tmp_path, b"\xef\xbb\xbfa film\t1\n")) == [["a film", "1"]]
+    assert read_table(sst2_file(tmp_path, b"\xef\xbb\xbfa film\t1\n"), "tsv", False).rows == [["a film", "1"]]
 
 
 def test_separators_of_unicode_end_no_row(tmp_path):
@@ -205,7 +206,7 @@ def test_a_task_is_found_in_any_case(given, name):
 
 
 def test_an_unknown_task_is_told_with_those_there_are():
-    with pytest.raises(UserError, match=r"--task_name sst2: no such task; the tasks are SST-2, MNLI, "):
+    with pytest.raises(UserError, match=r"--task_name sst2: no such task; the tasks are CoLA, MNLI, .*, WNLI$"):
         find_task("sst2")
 
 

@@ -64,7 +64,8 @@ def test_the_folder_is_whole_and_takes_over_the_teachers_form(sst2):
     )
     make(sst2)
     folder = sst2.folder / "new"
-    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "pytorch_model.bin", "vocab.txt"]
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["config.json", "pytorch_model.bin", "tokenizer_config.json", "vocab.txt"]
     assert (folder / "vocab.txt").read_bytes() == (sst2.teacher / "vocab.txt").read_bytes()
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     expected = {

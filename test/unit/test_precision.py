@@ -434,7 +434,7 @@ def test_a_run_with_apex_goes_on_after_an_overflow(sst2, apex, monkeypatch, leve
     amp = importlib.import_module("apex.amp")
     amp.overflow_at.add(2)
     scale = None if loss_scale == "dynamic" else float(loss_scale)
-    monkeypatch.setattr("distillation.jobs.choose_precision", lambda *_: ApexMixedPrecision(amp, level, scale))
+    monkeypatch.setattr("distillation.inference.choose_precision", lambda *_: ApexMixedPrecision(amp, level, scale))
     words = sst2.run(num_train_epochs=4, learning_rate=1e-3).out
     left = 2.0**15 if scale is None else scale
     assert f"step 2: skipped, a gradient overflowed; 1 skipped so far, the loss scale is {left:g}" in words

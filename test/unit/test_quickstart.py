@@ -15,7 +15,7 @@ from cases import ROOT
 sys.path.insert(0, str(ROOT / "test"))
 
 import quickstart_data
-import quickstart_table
+import results_table
 from quickstart_data import Snippet, split_by_film
 
 from data_processing.features import read_examples
@@ -75,16 +75,30 @@ def write_log(path: Path, *events: dict) -> Path:
 def test_the_table_has_the_last_evaluation_of_each_model(tmp_path):
     log = write_log(
         tmp_path / "metrics.jsonl",
-        {"model": "q/teacher", "parameters": 22_713_986, "acc": 0.1, "fps": 1.0},
+        {"model": "q/teacher", "file": "dev.tsv", "parameters": 22_713_986, "acc": 0.1, "fps": 1.0},
         {"step": 100, "acc": 0.2},
-        {"model": "q/teacher", "parameters": 22_713_986, "acc": 0.8125, "fps": 151.7},
-        {"model": "q/student", "parameters": 17_390_000, "acc": 0.8, "fps": 300.2},
+        {"model": "q/teacher", "file": "dev.tsv", "parameters": 22_713_986, "acc": 0.8125, "fps": 151.7},
+        {"model": "q/student", "file": "dev.tsv", "parameters": 17_390_000, "acc": 0.8, "fps": 300.2},
     )
-    shown = cases.call(quickstart_table.main, ["--log", str(log), "the teacher=q/teacher", "a=b=q/student"], "table")
+    shown = cases.call(results_table.main, ["--log", str(log), "the teacher=q/teacher", "a=b=q/student"], "table")
     assert (shown.status, shown.err) == (0, "")
     rows = [line.split() for line in shown.out.splitlines() if line.startswith(("the teacher", "a=b"))]
     assert rows == [["the", "teacher", "22.7", "M", "81.2%", "152"], ["a=b", "17.4", "M", "80.0%", "300"]]
-    assert "not SST-2's accuracy" in shown.out
+
+
+def test_the_table_has_a_row_for_each_file_and_a_column_for_each_metric(tmp_path):
+    also = {"model": "m", "parameters": 1_000_000, "fps": 10.0, "eval_loss": 0.5}
+    log = write_log(
+        tmp_path / "metrics.jsonl",
+        {"file": "a.tsv", "acc": 0.5, "f1": 0.25, **also},
+        {"file": "b.tsv", "acc": 0.75, "f1": 0.125, **also},
+    )
+    shown = cases.call(results_table.main, ["--log", str(log), "it=m"], "table")
+    assert [line.split() for line in shown.out.splitlines() if line] == [
+        ["file", "parameters", "accuracy", "f1", "examples/s"],
+        ["it", "a.tsv", "1.0", "M", "50.0%", "0.2500", "10"],
+        ["it", "b.tsv", "1.0", "M", "75.0%", "0.1250", "10"],
+    ]
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"event": "eval", "step": 1}\n'])
@@ -92,7 +106,7 @@ def test_a_log_without_the_evaluation_is_told_in_one_line(tmp_path, content):
     log = tmp_path / "metrics.jsonl"
     if content is not None:
         log.write_text(content)
-    shown = cases.call(quickstart_table.main, ["--log", str(log), "the teacher=teacher"], "table")
+    shown = cases.call(results_table.main, ["--log", str(log), "the teacher=teacher"], "table")
     assert (shown.status, shown.out, shown.err.count("\n")) == (2, "", 1)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from cases import ROOT, Run, Workplace
 
+import main
 from distillation.options import Options, Stage, parse_options
 
 sys.path.insert(0, str(ROOT / "test"))
@@ -46,7 +47,7 @@ def asked_for(name: str, folder: Path, *flags: str, **variables: object) -> list
     assert (done.status, done.out, done.err) == (0, "", "")
     commands = [line.rstrip("\0").split("\0") for line in record.read_text().splitlines()]
     assert all(command[0] == "main.py" for command in commands)
-    return [parse_options(command[1:], "main.py", "", "SST-2") for command in commands]
+    return [parse_options(command[1:], main.ENTRY) for command in commands]
 
 
 SST = {
@@ -183,7 +184,7 @@ def test_settings_are_variables_and_flags_that_follow_win(name, tmp_path):
         "opt_level": "O0",
         "loss_scale": None,
         "aug_train": False,
-        "do_lower_case": False,
+        "do_lower_case": None,
         "overwrite_output_dir": True,
         "seed": 7,
     }
@@ -357,7 +358,9 @@ ODD_TEXTS = (
 
 def test_the_demo_takes_any_text(sst2):
     flags = [flag for text in ODD_TEXTS for flag in ("--text", text)]
-    shown = cases.call(demo.main, ["--model", str(sst2.teacher), "--max_seq_length", "16", *flags], "demo.py")
+    shown = cases.call(
+        demo.main, ["--model", str(sst2.teacher), "--max_seq_length", "16", "--do_lower_case", *flags], "demo.py"
+    )
     assert (shown.status, shown.err) == (0, "")
     head, *lines, last = shown.out.splitlines()
     assert len(lines) == len(ODD_TEXTS)
@@ -367,7 +370,9 @@ def test_the_demo_takes_any_text(sst2):
 
 def test_the_demo_names_labels_as_the_config_does(mnli, tmp_path):
     cases.edit_config(mnli.teacher, id2label={"0": "no", "1": "yes", "2": "perhaps"})
-    shown = cases.call(demo.main, ["--model", str(mnli.teacher), "--max_seq_length", "16"], "demo.py")
+    shown = cases.call(
+        demo.main, ["--model", str(mnli.teacher), "--max_seq_length", "16", "--do_lower_case"], "demo.py"
+    )
     assert {line.split()[0] for line in shown.out.splitlines()[1:-1]} <= {"no", "yes", "perhaps"}
 
 
@@ -389,7 +394,7 @@ def test_the_demo_tells_mistakes_in_one_line(sst2, tmp_path, flags, told):
     )
     before = sorted(tmp_path.rglob("*"))
     places = {"RAW": str(raw), "TEACHER": str(sst2.teacher)}
-    done = cases.call(demo.main, [places.get(flag, flag) for flag in flags], "demo.py")
+    done = cases.call(demo.main, ["--do_lower_case", *(places.get(flag, flag) for flag in flags)], "demo.py")
     assert (done.status, done.out) == (2, "")
     assert done.err.count("\n") == 1
     assert told in done.err

@@ -1,0 +1,89 @@
+"""What predictions are judged by: the metrics of GLUE, under the names that logs and results give them.
+
+A metric takes predictions and labels [examples] (label ids, or scores) and returns its values by name.
+One that is not defined for them, such as the correlation of constant predictions, is 0.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+Values = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A way to judge predictions.
+
+    compute: (predictions, labels), both [examples] and never empty, to values by name.
+    chosen_by: the value that chooses the checkpoint.
+    regression: whether it judges scores; otherwise it judges label ids.
+    two_labels: whether it is for tasks of two labels only.
+    """
+
+    compute: Callable[[np.ndarray, np.ndarray], Values]
+    chosen_by: str
+    regression: bool = False
+    two_labels: bool = False
+
+    def __call__(self, predictions: np.ndarray, labels: np.ndarray) -> Values:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is not defined: it is 0, which tells as much
+            values = self.compute(predictions, labels)
+        return {name: value if math.isfinite(value) else 0.0 for name, value in values.items()}
+
+
+def accuracy(predictions: np.ndarray, labels: np.ndarray) -> Values:
+    """`acc`: the share of label ids that are right."""
+    return {"acc": float((predictions == labels).mean())}
+
+
+def accuracy_and_f1(predictions: np.ndarray, labels: np.ndarray) -> Values:
+    """`acc`, `f1` of label id 1, and `acc_and_f1`, their mean."""
+    from sklearn.metrics import f1_score  # here, since importing it takes a second
+
+    acc, f1 = accuracy(predictions, labels)["acc"], float(f1_score(labels, predictions, zero_division=0))
+    return {"acc": acc, "f1": f1, "acc_and_f1": (acc + f1) / 2}
+
+
+def macro_f1(predictions: np.ndarray, labels: np.ndarray) -> Values:
+    """`acc`, and `macro_f1`, the mean of the labels' own F1, of those that are given or predicted at all."""
+    from sklearn.metrics import f1_score
+
+    value = float(f1_score(labels, predictions, average="macro", zero_division=0))
+    return {**accuracy(predictions, labels), "macro_f1": value}
+
+
+def matthews(predictions: np.ndarray, labels: np.ndarray) -> Values:
+    """`mcc`: Matthews' correlation coefficient, from -1 to 1."""
+    from sklearn.metrics import matthews_corrcoef
+
+    return {"mcc": float(matthews_corrcoef(labels, predictions))}
+
+
+def correlation(predictions: np.ndarray, labels: np.ndarray) -> Values:
+    """`pearson` and `spearmanr` of scores, and `corr`, their mean."""
+    from scipy.stats import pearsonr, spearmanr
+
+    if len(labels) < 2:
+        return {"pearson": 0.0, "spearmanr": 0.0, "corr": 0.0}
+    predictions, labels = predictions.astype(np.float64), labels.astype(np.float64)
+    both = (float(test(predictions, labels).statistic) for test in (pearsonr, spearmanr))
+    pearson, spearman = (value if math.isfinite(value) else 0.0 for value in both)
+    return {"pearson": pearson, "spearmanr": spearman, "corr": (pearson + spearman) / 2}
+
+
+# By the names that task files give them.
+METRICS = {
+    "accuracy": Metric(accuracy, "acc"),
+    "accuracy_and_f1": Metric(accuracy_and_f1, "acc", two_labels=True),
+    "f1": Metric(accuracy_and_f1, "f1", two_labels=True),
+    "macro_f1": Metric(macro_f1, "macro_f1"),
+    "matthews": Metric(matthews, "mcc"),
+    "correlation": Metric(correlation, "corr", regression=True),
+}

@@ -1,0 +1,134 @@
+"""The files that say what a model is worth and what it predicts, and their copies elsewhere."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import BinaryIO
+
+from data_processing.tasks import Task
+from distillation.checkpoint import check_can_make, make_folder
+from distillation.evaluation import Evaluation
+from distillation.options import Options
+from transformer.errors import UserError
+from transformer.file_utils import write_together
+
+
+def _results_files(output_dir: Path, task: Task) -> dict[str, Path]:
+    """Where the metrics of each dev file go: OUTPUT/eval_results.txt, of MNLI's second OUTPUT-MM/eval_results.txt."""
+    output_dir = output_dir.resolve()  # "." has no name that could be added to
+    return {
+        file: output_dir.with_name(output_dir.name + suffix) / "eval_results.txt"
+        for file, suffix in zip(task.dev_files, task.dev_suffixes, strict=True)
+    }
+
+
+def check_results(output_dir: Path, task: Task) -> None:
+    """Checks, and makes nothing, that the metrics can be written.
+
+    Raises:
+        UserError: a folder cannot be made, or a file cannot be appended to.
+    """
+    for path in _results_files(output_dir, task).values():
+        check_can_make(path.parent, "--output_dir")
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder where the metrics are to be written")
+
+
+def write_results(output_dir: Path, task: Task, results: Mapping[str, Evaluation], **also: int) -> None:
+    """Appends the metrics of each dev file to its eval_results.txt.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    for name, path in _results_files(output_dir, task).items():
+        values = {**results[name].metrics, **also}
+        make_folder(path.parent, "--output_dir")
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(f"{key} = {values[key]}\n" for key in sorted(values))
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def prediction_names(task: Task, file: str | None) -> dict[str, str]:
+    """The files to predict, and for each the name of its predictions: those that GLUE takes for its test files.
+
+    Raises:
+        UserError: no file is given and the task has no test file.
+    """
+    submissions = dict(zip(task.test_files, task.submissions, strict=True))
+    if file is not None:
+        return {file: submissions.get(file, f"{task.name}-{PurePath(file).stem}.tsv")}
+    if not submissions:
+        raise UserError(f"{task.name} names no test file; give the file to predict by --predict_file")
+    return submissions
+
+
+def check_predictions(output_dir: Path, names: Iterable[str], overwrite: bool) -> None:
+    """Checks, and makes nothing, that predictions can be written.
+
+    Raises:
+        UserError: one of the files is there already and may not be replaced.
+    """
+    for name in names:
+        path = output_dir / name
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder where the predictions are to be written")
+        if path.exists() and not overwrite:
+            raise UserError(f"{path}: is there already; give another --output_dir, or --overwrite_output_dir")
+
+
+def write_predictions(output_dir: Path, predicted: Mapping[str, tuple[Sequence[str], Sequence[str]]]) -> None:
+    """Writes files in the form of a submission to GLUE: a row of names, then index and prediction, split by a tab.
+
+    Args:
+        predicted: for each file's name the rows' ids and what is predicted for them.
+
+    Raises:
+        UserError: a file cannot be written; none of them is then.
+    """
+
+    def writer(ids: Sequence[str], values: Sequence[str]) -> Callable[[BinaryIO], object]:
+        rows = ["index\tprediction", *(f"{index}\t{value}" for index, value in zip(ids, values, strict=True))]
+        return lambda file: file.write(("\n".join(rows) + "\n").encode("utf-8"))
+
+    make_folder(output_dir, "--output_dir")
+    try:
+        write_together(output_dir, {name: writer(*rows) for name, rows in predicted.items()})
+    except OSError as error:
+        raise UserError(f"{output_dir}: the predictions cannot be written ({error.strerror})") from None
+
+
+def check_copy(options: Options) -> None:
+    """Checks, and makes nothing, that what is made can be copied to --data_url.
+
+    Raises:
+        UserError: it is no folder that may be written, or it holds something already.
+    """
+    if not options.data_url:
+        return
+    if "://" in options.data_url:
+        raise UserError(f"--data_url {options.data_url}: outputs are copied to folders only, mounted ones too")
+    target = Path(options.data_url)
+    if target.resolve() == options.output_dir.resolve():
+        raise UserError(f"--data_url {target}: is --output_dir itself")
+    if target.exists() and not target.is_dir():
+        raise UserError(f"--data_url {target}: is a file, a folder is needed")
+    check_can_make(target, "--data_url")
+    if not options.overwrite_output_dir and target.is_dir() and any(target.iterdir()):
+        raise UserError(f"--data_url {target}: is not empty; give another folder, or --overwrite_output_dir")
+
+
+def copy_outputs(output_dir: Path, target: str) -> None:
+    """Copies all that is in the output folder into another folder.
+
+    Raises:
+        UserError: it cannot be written; what is in the output folder stays.
+    """
+    try:
+        shutil.copytree(output_dir, target, dirs_exist_ok=True)
+    except (OSError, shutil.Error) as error:
+        reason = getattr(error, "strerror", None) or "some files were not copied"
+        raise UserError(f"--data_url {target}: cannot be written ({reason}); all is in {output_dir}") from None

@@ -1,0 +1,35 @@
+"""TinyBERT on any task of GLUE, or on your own: distillation, fine-tuning, evaluation, predictions.
+
+    python task_distill.py --data_dir glue_dir/CoLA --task_name cola --do_lower_case \
+        --teacher_model bert_base_uncased_ft_cola --student_model general_tinybert --output_dir tmp_cola
+    python task_distill.py --task_file reviews.json ...
+
+All flags of main.py work here too; `python task_distill.py --help` names them. test/pipeline.sh goes the whole way.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from distillation.flags import Entry
+from distillation.launch import launch, run_entry
+from distillation.options import parse_options
+
+ENTRY = Entry(
+    prog="task_distill.py",
+    description=__doc__.splitlines()[0],
+    tasks=None,
+    tasks_with_defaults=None,
+    fps_acc_dir=Path("output"),
+    max_seq_length=128,
+    eval_step=50,
+)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parses the flags and runs what they ask for."""
+    launch(parse_options(arguments, ENTRY))
+
+
+if __name__ == "__main__":
+    sys.exit(run_entry(ENTRY.prog, main))
