@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 Schedule = Callable[[float, float], float]
 
-_CACHED = 2**16  # numbers; four such pieces of fp32 are 1 MiB
+_LATE = 1e9  # a step: b1 and b2 to this power are 0
 
 
 def constant(progress: float, warmup: float) -> float:
@@ -109,6 +109,29 @@ class BertAdam(Optimizer):
             },
         )
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds parameters that share settings; what a group leaves open is as for the whole.
+
+        torch's own does the same, and the first time imports its compiler, which takes seconds.
+        """
+        params = param_group["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        known = {parameter for group in self.param_groups for parameter in group["params"]}
+        if not all(isinstance(parameter, Tensor) and parameter.is_leaf for parameter in params):
+            raise ValueError("expected tensors that are no results of others")
+        if len(set(params)) < len(params) or not known.isdisjoint(params):
+            raise ValueError("a parameter stands in several groups, or twice in one")
+        self.param_groups.append({**self.defaults, **param_group, "params": params})
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets the gradients. Like `add_param_group`, this is torch's without its compiler."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if set_to_none:
+                    parameter.grad = None
+                elif parameter.grad is not None:
+                    parameter.grad = parameter.grad.detach().zero_()
+
     def rate(self, group: dict[str, Any], step: int) -> float:
         """The learning rate of the step after `step` counted ones."""
         if group["t_total"] == -1:
@@ -126,6 +149,7 @@ class BertAdam(Optimizer):
         *,
         norms: Sequence[Tensor] | None = None,
         grad_scale: float = 1.0,
+        skip: Tensor | None = None,
     ) -> float | None:
         """Moves every tensor that has a gradient by one step.
 
@@ -133,6 +157,8 @@ class BertAdam(Optimizer):
             closure: evaluates the model anew and returns the loss; its gradients are then used.
             norms: the L2 norm of each of `gradients()`, where they are known already.
             grad_scale: what the gradients were multiplied by (a loss scale).
+            skip: a scalar in fp32 on the parameters' device; where it is 1 no tensor moves, though the step
+                is counted. So the device need not be waited for to know whether a gradient is finite.
 
         Returns:
             The closure's loss.
@@ -145,12 +171,18 @@ class BertAdam(Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._move(parameter, parameter.grad, next(known), grad_scale, group)
+                    self._move(parameter, parameter.grad, next(known), grad_scale, group, skip)
         self.steps_taken += 1
         return loss
 
     def _move(
-        self, parameter: Tensor, gradient: Tensor, norm: Tensor, grad_scale: float, group: dict[str, Any]
+        self,
+        parameter: Tensor,
+        gradient: Tensor,
+        norm: Tensor,
+        grad_scale: float,
+        group: dict[str, Any],
+        skip: Tensor | None,
     ) -> None:
         state = self.state[parameter]
         if not state:
@@ -159,20 +191,13 @@ class BertAdam(Optimizer):
             exact = torch.promote_types(parameter.dtype, torch.float32)
             state["next_m"] = torch.zeros_like(parameter, dtype=exact, memory_format=torch.contiguous_format)
             state["next_v"] = torch.zeros_like(parameter, dtype=exact, memory_format=torch.contiguous_format)
-        factor = torch.full_like(norm, 1 / grad_scale)
+        divisor = torch.full_like(norm, grad_scale)
         if group["max_grad_norm"] > 0:
             # torch's clip_grad_norm_ of a single tensor: the 1e-6 is part of the known figures.
-            factor *= (group["max_grad_norm"] / (norm / grad_scale + 1e-6)).clamp(max=1.0)
-        rate, decay = self.rate(group, state["step"]), group["weight_decay"]
+            divisor *= ((norm / grad_scale + 1e-6) / group["max_grad_norm"]).clamp(min=1.0)
         tensors = parameter, gradient, state["next_m"], state["next_v"]
-        for weights, grads, mean, variance in zip(*_pieces(tensors), strict=True):
-            grads = grads.to(mean.dtype) * factor
-            mean.mul_(group["b1"]).add_(grads, alpha=1 - group["b1"])
-            variance.mul_(group["b2"]).addcmul_(grads, grads, value=1 - group["b2"])
-            update = mean / variance.sqrt().add_(group["e"])
-            if decay > 0:
-                update.add_(weights, alpha=decay)
-            weights.add_(update, alpha=-rate)
+        move = _move_fused if _can_fuse(tensors) else _move_plainly
+        move(*tensors, divisor, self.rate(group, state["step"]), group, skip)
         state["step"] += 1
 
 
@@ -181,11 +206,65 @@ def gradient_norms(gradients: Sequence[Tensor]) -> list[Tensor]:
     return list(torch._foreach_norm(list(gradients), 2, dtype=torch.float32))
 
 
-def _pieces(tensors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
-    """Each tensor in pieces that fit in a CPU's cache: a step's ten passes then run there, not in memory."""
-    if all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in tensors):
-        return [tensor.view(-1).split(_CACHED) for tensor in tensors]
-    return [(tensor,) for tensor in tensors]
+def _move_plainly(
+    weights: Tensor,
+    gradient: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    divisor: Tensor,
+    rate: float,
+    group: dict[str, Any],
+    skip: Tensor | None,
+) -> None:
+    """One tensor's step, in torch's own operations: for any device and type, and what `_move_fused` must equal."""
+    if skip is not None and bool(skip):
+        return
+    gradient = gradient.to(mean.dtype) / divisor
+    mean.mul_(group["b1"]).add_(gradient, alpha=1 - group["b1"])
+    variance.mul_(group["b2"]).addcmul_(gradient, gradient, value=1 - group["b2"])
+    update = mean / variance.sqrt().add_(group["e"])
+    if group["weight_decay"] > 0:
+        update.add_(weights, alpha=group["weight_decay"])
+    weights.add_(update, alpha=-rate)
+
+
+def _can_fuse(tensors: Sequence[Tensor]) -> bool:
+    """Whether torch's fused AdamW takes these: fp32, in one piece, on a CPU or a GPU."""
+    return all(
+        tensor.dtype == torch.float32 and tensor.device.type in ("cpu", "cuda") and tensor.is_contiguous()
+        for tensor in tensors
+    )
+
+
+def _move_fused(
+    weights: Tensor,
+    gradient: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    divisor: Tensor,
+    rate: float,
+    group: dict[str, Any],
+    skip: Tensor | None,
+) -> None:
+    """One tensor's step in a single pass over memory: torch's AdamW at a step so late that it corrects no bias."""
+    torch._fused_adamw_(
+        [weights],
+        [gradient],
+        [mean],
+        [variance],
+        [],
+        [torch.full((), _LATE, device=weights.device)],
+        lr=rate,
+        beta1=group["b1"],
+        beta2=group["b2"],
+        weight_decay=max(group["weight_decay"], 0.0),
+        eps=group["e"],
+        amsgrad=False,
+        maximize=False,
+        # On a CPU it costs nothing to see that there is nothing to divide by, and a pass to divide by 1.
+        grad_scale=None if weights.device.type == "cpu" and float(divisor) == 1.0 else divisor,
+        found_inf=skip,
+    )
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

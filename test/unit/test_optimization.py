@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import assert_close
+from cases import assert_close, command
 from torch import Tensor, nn
 
 from transformer.modeling import LayerNorm
@@ -259,3 +259,63 @@ def test_it_solves_a_least_squares_problem():
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         BertAdam(parameters(torch.zeros(1)), **{"lr": 0.1, **settings})
+
+
+@pytest.mark.parametrize("scale", [1e-3, 10.0], ids=["below the clip", "above the clip"])
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+def test_the_fused_step_equals_the_plain_one(monkeypatch, scale, decay):
+    start = random_tensors((300, 40), (7,), ())
+    steps = [random_tensors((300, 40), (7,), (), scale=scale * 10**-n, seed=n + 1) for n in range(5)]
+    fused, plain = parameters(*start), parameters(*start)
+    run(BertAdam(fused, lr=0.1, schedule="none", weight_decay=decay), fused, steps)
+    monkeypatch.setattr("transformer.optimization._can_fuse", lambda _: False)
+    run(BertAdam(plain, lr=0.1, schedule="none", weight_decay=decay), plain, steps)
+    for one, other in zip(fused, plain, strict=True):
+        assert_close(one.detach(), other.detach(), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fused", "plain"])
+def test_a_step_that_is_skipped_moves_nothing(dtype):
+    own = parameters(*random_tensors((4, 3)))
+    own[0].data = own[0].data.to(dtype)
+    optimizer = BertAdam(own, lr=0.1, schedule="none")
+    own[0].grad = torch.ones(4, 3, dtype=dtype)
+    optimizer.step(skip=torch.zeros(()))
+    moved, state = own[0].detach().clone(), {k: torch.as_tensor(v).clone() for k, v in optimizer.state[own[0]].items()}
+    own[0].grad = torch.full((4, 3), torch.nan, dtype=dtype)
+    optimizer.step(skip=torch.ones(()))
+    assert torch.equal(own[0].detach(), moved)
+    for name in ("next_m", "next_v"):
+        assert torch.equal(optimizer.state[own[0]][name], state[name])
+    own[0].grad = torch.ones(4, 3, dtype=dtype)
+    optimizer.step(skip=torch.zeros(()))
+    assert not torch.equal(own[0].detach(), moved)
+
+
+def test_a_training_step_imports_no_compiler(tmp_path):
+    """torch's own optimizers do, which takes seconds at the start of every process."""
+    program = (
+        "import sys, torch\n"
+        "from transformer.optimization import BertAdam\n"
+        "weights = torch.nn.Parameter(torch.ones(3))\n"
+        "optimizer = BertAdam([weights], lr=0.1, schedule='none')\n"
+        "weights.sum().backward()\n"
+        "optimizer.step()\n"
+        "optimizer.zero_grad()\n"
+        "sys.exit('torch._dynamo' in sys.modules)\n"
+    )
+    assert command("-c", program, cwd=tmp_path).status == 0
+
+
+def test_groups_are_checked_as_torch_does():
+    first, second = parameters(torch.zeros(2), torch.zeros(2))
+    for wrong in ([{"params": [first]}, {"params": [first]}], [first, first], [first * 2], [{"params": [first, 3]}]):
+        with pytest.raises(ValueError, match="parameter stands|no results of others"):
+            BertAdam(wrong, lr=0.1)
+    optimizer = BertAdam([{"params": first, "weight_decay": 0.5}, {"params": [second]}], lr=0.1)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.01]
+    first.grad, second.grad = torch.ones(2), None
+    optimizer.zero_grad(set_to_none=False)
+    assert torch.equal(first.grad, torch.zeros(2))
+    optimizer.zero_grad()
+    assert first.grad is None
