@@ -28,11 +28,14 @@ def output_order(config: BertConfig, task: Task) -> tuple[int, ...] | None:
     """
     if task.is_regression or not config.id2label:
         return None
-    names = [_plain(config.id2label.get(number, "")) for number in range(len(task.labels))]
-    for expected in (task.labels, task.meanings):
-        wanted = [_plain(label) for label in expected]
-        if len(config.id2label) == len(names) and len(set(names)) == len(names) and sorted(names) == sorted(wanted):
-            return tuple(names.index(label) for label in wanted)
+    count = len(task.labels)
+    given = [config.id2label.get(number, "") for number in range(count)]
+    for spelling in (str, _plain):  # as they are first: labels of a user's own may differ in their case alone
+        names = [spelling(name) for name in given]
+        for expected in (task.labels, task.meanings):
+            wanted = [spelling(label) for label in expected]
+            if len(config.id2label) == len(set(names)) == count and sorted(names) == sorted(wanted):
+                return tuple(names.index(label) for label in wanted)
     if _are_numbered(names):
         return None
     raise ValueError
@@ -61,13 +64,10 @@ def in_task_order(weights: Mapping[str, Tensor], config: BertConfig, task: Task,
             "so its predictions could be taken for others. If the model is of this task, put its names into id2label"
         ) from None
     if order is None:
-        if config.id2label and not task.is_regression:
-            logger.info(
-                "%s: config.json names its labels %s: taken as %s, in this order",
-                folder,
-                _listed(config.id2label.values()),
-                _listed(task.labels),
-            )
+        if not task.is_regression and (config.id2label or not config.relu_head):
+            names = f"its labels {_listed(config.id2label.values())}" if config.id2label else "no labels"
+            expected = _listed(task.meanings or task.labels)
+            logger.info("%s: config.json names %s: taken as %s, in this order", folder, names, expected)
         return dict(weights)
     if order != tuple(range(len(order))):
         logger.info("%s: its labels are in the order %s: matched by name", folder, _listed(config.id2label.values()))

@@ -13,8 +13,10 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
@@ -24,6 +26,7 @@ from transformer.file_utils import VOCAB_NAME, write_atomically
 from transformer.vocabulary import LONGEST_WORD, SPECIAL_TOKENS, read_vocabulary, vocabulary_path
 
 _SPECIAL_TOKENS = frozenset(SPECIAL_TOKENS.values())
+_MOST_KNOWN_CHARACTERS = 4_000_000  # in the words whose ids are remembered: some 100 MB at most
 _CHUNK = 4096  # texts a call into Rust: enough for all cores, few enough to bound memory
 
 # Characters of which both sides make the same basic tokens, whatever stands around them. Left out of
@@ -86,6 +89,11 @@ def _part_punctuation(char: str) -> str:
     return f" {char} " if punctuation else char
 
 
+def _is_plain(text: str) -> bool:
+    """Whether all its characters are among `_AGREEING`."""
+    return (text.isascii() and text.isprintable() and "[" not in text) or not _NEEDS_PYTHON.search(text)
+
+
 class BertTokenizer:
     """WordPieces and their ids, from a vocabulary file: vocab.txt, or a tokenizer.json that works as BERT's.
 
@@ -117,6 +125,8 @@ class BertTokenizer:
             lowercase=do_lower_case,
         )
         self._from_text.pre_tokenizer = BertPreTokenizer()
+        self._known: dict[str, list[int]] = {}
+        self._known_characters = 0
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, do_lower_case: bool = True) -> "BertTokenizer":
@@ -155,18 +165,43 @@ class BertTokenizer:
             ids.extend(self._encode_chunk(texts[start : start + _CHUNK]))
         return ids
 
+    def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of all texts one after the other, int32, and how many each has, int64 [texts]."""
+        ids, lengths = [np.empty(0, dtype=np.int32)], np.empty(len(texts), dtype=np.int64)
+        for start in range(0, len(texts), _CHUNK):
+            encoded = self._encode_chunk(texts[start : start + _CHUNK])
+            lengths[start : start + len(encoded)] = list(map(len, encoded))
+            ids.append(np.fromiter(chain.from_iterable(encoded), dtype=np.int32))
+        return np.concatenate(ids), lengths
+
     def _encode_chunk(self, texts: Sequence[str]) -> list[list[int]]:
-        plain = [not _NEEDS_PYTHON.search(text) for text in texts]
-        from_text = self._from_text.encode_batch_fast(
-            [text for text, agreed in zip(texts, plain, strict=True) if agreed], add_special_tokens=False
-        )
+        plain = [_is_plain(text) for text in texts]
+        words = [text.split() for text, agreed in zip(texts, plain, strict=True) if agreed]
+        known = self._ids_of_words(set().union(*words))
         from_words = self._from_words.encode_batch_fast(
             [self.basic_tokenize(text) for text, agreed in zip(texts, plain, strict=True) if not agreed],
             is_pretokenized=True,
             add_special_tokens=False,
         )
-        fast, slow = iter(from_text), iter(from_words)
-        return [next(fast if agreed else slow).ids for agreed in plain]
+        fast, slow = iter(words), iter(from_words)
+        return [
+            list(chain.from_iterable([known[word] for word in next(fast)])) if agreed else next(slow).ids
+            for agreed in plain
+        ]
+
+    def _ids_of_words(self, words: set[str]) -> dict[str, list[int]]:
+        """The ids of what stands between spaces; what was met before is remembered.
+
+        A text of plain characters is cut at spaces before all else, so its ids are those of its words.
+        """
+        new = [word for word in words if word not in self._known]
+        if sum(map(len, new)) + self._known_characters > _MOST_KNOWN_CHARACTERS:
+            self._known, self._known_characters = {}, 0
+            new = list(words)
+        encoded = self._from_text.encode_batch_fast(new, add_special_tokens=False)
+        self._known.update(zip(new, (encoding.ids for encoding in encoded), strict=True))
+        self._known_characters += sum(map(len, new))
+        return self._known
 
     def convert_tokens_to_ids(self, tokens: Iterable[str]) -> list[int]:
         """The id of each token. Raises ValueError, naming it, for one the vocabulary lacks."""
