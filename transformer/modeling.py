@@ -21,6 +21,7 @@ from transformer.configuration import BertConfig
 
 # Added to the scores of masked keys. Not -inf: a row that is all padding must stay finite.
 MASKED_SCORE = -10000.0
+_VECTOR = 16  # fp32 numbers in a CPU's vector register
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": functional.gelu,
@@ -56,11 +57,29 @@ class LayerNorm(nn.LayerNorm):
     """Layer normalisation in fp32 whatever the input's type: BERT's eps, 1e-12, is 0 in fp16."""
 
     def forward(self, input: Tensor) -> Tensor:
+        # A CPU's kernel takes half precision as it is and computes in fp32; others would compute in the weights' type.
+        states = input if input.device.type == "cpu" else input.float()
         with torch.autocast(device_type=input.device.type, enabled=False):
             normalised = functional.layer_norm(
-                input.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps
+                states, self.normalized_shape, self.weight.float(), self.bias.float(), self.eps
             )
         return normalised.to(input.dtype)
+
+
+class Dropout(nn.Dropout):
+    """Dropout; on a CPU with a quarter of torch's random numbers, which there take longer than all else of it.
+
+    Each 64 random bits decide four values by 16 bits each, so the rate is a multiple of 2^-16.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or self.p == 0.0 or input.device.type != "cpu":
+            return super().forward(input)
+        dropped = round(self.p * 2**16)  # of 65536 values
+        count = input.numel()
+        bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:count]
+        kept = bits.ge_(dropped - 2**15).view(input.shape).to(input.dtype)
+        return (input * kept) * (2**16 / (2**16 - dropped))
 
 
 class BertEmbeddings(nn.Module):
@@ -72,7 +91,7 @@ class BertEmbeddings(nn.Module):
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.LayerNorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, input_ids: Tensor, token_type_ids: Tensor) -> Tensor:
         """[batch, length] ids and segment numbers -> [batch, length, hidden]."""
@@ -94,19 +113,42 @@ class BertSelfAttention(nn.Module):
         self.query = nn.Linear(config.hidden_size, config.hidden_size)
         self.key = nn.Linear(config.hidden_size, config.hidden_size)
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
-        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
+        self.dropout = Dropout(config.attention_probs_dropout_prob)
 
-    def forward(self, hidden: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the context [batch, length, hidden] and the scores [batch, heads, query, key]."""
+    def forward(self, hidden: Tensor, mask: Tensor, with_scores: bool = True) -> tuple[Tensor, Tensor | None]:
+        """Returns the context [batch, length, hidden] and, where wanted, the scores [batch, heads, query, key]."""
+        hidden = _as_autocast_would(hidden)  # once, not for each of the three
         query, key, value = (self._split(linear(hidden)) for linear in (self.query, self.key, self.value))
+        if not with_scores and _has_fused_attention(query.device):
+            dropped = self.dropout.p if self.training else 0.0
+            context = functional.scaled_dot_product_attention(query, key, value, mask.to(query.dtype), dropped)
+            return context.transpose(1, 2).flatten(2), None
         scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1]) + mask.to(query.dtype)
-        # The softmax runs in fp32; its result is as exact as the values it weighs.
-        probabilities = functional.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
-        context = self.dropout(probabilities) @ value
+        context = self.dropout(_softmax(scores).to(value.dtype)) @ value
         return context.transpose(1, 2).flatten(2), scores
 
     def _split(self, projected: Tensor) -> Tensor:
         return projected.unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
+
+
+def _has_fused_attention(device: torch.device) -> bool:
+    """Whether attention is faster in one kernel, which gives out no scores; on a CPU it is not."""
+    return device.type == "cuda"
+
+
+def _as_autocast_would(states: Tensor) -> Tensor:
+    """The states in the type that autocast gives a linear layer, outside of it as they are."""
+    kind = states.device.type
+    return states.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else states
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """Softmax over the keys, in fp32 whatever the type of the scores."""
+    keys = scores.shape[-1]
+    if scores.device.type == "cpu" and keys < _VECTOR:
+        # Shorter rows than a vector register make torch's kernel ten times slower. exp of MASKED_SCORE is 0.
+        scores = functional.pad(scores, (0, _VECTOR - keys), value=2 * MASKED_SCORE)
+    return functional.softmax(scores, dim=-1, dtype=torch.float32)[..., :keys]
 
 
 class ResidualOutput(nn.Module):
@@ -116,7 +158,7 @@ class ResidualOutput(nn.Module):
         super().__init__()
         self.dense = nn.Linear(input_size, config.hidden_size)
         self.LayerNorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, states: Tensor, residual: Tensor) -> Tensor:
         return self.LayerNorm(self.dropout(self.dense(states)) + residual)
@@ -130,8 +172,8 @@ class BertAttention(nn.Module):
         self.self = BertSelfAttention(config)
         self.output = ResidualOutput(config, config.hidden_size)
 
-    def forward(self, hidden: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        context, scores = self.self(hidden, mask)
+    def forward(self, hidden: Tensor, mask: Tensor, with_scores: bool = True) -> tuple[Tensor, Tensor | None]:
+        context, scores = self.self(hidden, mask, with_scores)
         return self.output(context, hidden), scores
 
 
@@ -156,8 +198,8 @@ class BertLayer(nn.Module):
         self.intermediate = BertIntermediate(config)
         self.output = ResidualOutput(config, config.intermediate_size)
 
-    def forward(self, hidden: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        attended, scores = self.attention(hidden, mask)
+    def forward(self, hidden: Tensor, mask: Tensor, with_scores: bool = True) -> tuple[Tensor, Tensor | None]:
+        attended, scores = self.attention(hidden, mask, with_scores)
         return self.output(self.intermediate(attended), attended), scores
 
 
@@ -172,9 +214,10 @@ class BertEncoder(nn.Module):
         self, hidden: Tensor, mask: Tensor, hidden_layers: Sequence[int], attention_layers: Sequence[int], depth: int
     ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Runs the first `depth` layers; returns the last state and the states and scores asked for."""
-        states, scores = {0: hidden}, {}
+        states: dict[int, Tensor] = {0: hidden}
+        scores: dict[int, Tensor] = {}
         for number, layer in enumerate(self.layer[:depth], start=1):
-            hidden, layer_scores = layer(hidden, mask)
+            hidden, layer_scores = layer(hidden, mask, number in attention_layers)
             if number in hidden_layers:
                 states[number] = hidden
             if number in attention_layers:
