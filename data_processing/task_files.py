@@ -160,7 +160,7 @@ def _task(reader: _Reader) -> Task:
     for key, columns in (("text", text), ("label", (label,)), ("test_text", test_text or ()), ("test_id", (test_id,))):
         named = [column for column in columns if isinstance(column, str)]
         numbered = [column for column in columns if isinstance(column, int)]
-        if named and not has_header and form != "jsonl" and key in ("text", "label"):
+        if named and not has_header and form != "jsonl":
             raise reader.wrong(key, "a number, since the files have no row of column names (header is false)")
         if numbered and form == "jsonl":
             raise reader.wrong(key, "a key's name, since the files are JSON lines")
@@ -174,6 +174,7 @@ def _task(reader: _Reader) -> Task:
         metric=metric,
         form=form,
         has_header=has_header,
+        test_has_header=has_header,
         train_file=train,
         augmented_file=str(PurePath(train).with_name(f"{PurePath(train).stem}_aug{PurePath(train).suffix}")),
         dev_files=dev,

@@ -32,7 +32,7 @@ class Task:
     train_file, augmented_file: by names in the data folder.
     dev_files: the files that are evaluated. The first one's `metric.chosen_by` chooses the checkpoint.
     dev_suffixes: what is added to the output folder's name for each dev file's eval_results.txt.
-    test_files: the files without labels; they begin with a row of column names.
+    test_files: the files without labels. test_has_header: whether they begin with a row of column names.
     test_text_columns: as `text_columns`, of the test files; None where they are the same.
     id_column: of the test files; None where their rows are counted from 0.
     submissions: the names of the predictions for each test file.
@@ -55,6 +55,7 @@ class Task:
     dev_files: tuple[str, ...] = ("dev.tsv",)
     dev_suffixes: tuple[str, ...] = ("",)
     test_files: tuple[str, ...] = ("test.tsv",)
+    test_has_header: bool = True
     test_text_columns: tuple[Column, ...] | None = None
     id_column: Column | None = 0
     submissions: tuple[str, ...] = ()

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_processing.batching import TrainingPlan
-from data_processing.features import Features, make_features, read_examples
+from data_processing.examples import read_examples
+from data_processing.features import Features, make_features
 from distillation.checkpoint import check_can_make, check_output_dir, make_folder, save_model
 from distillation.device import Process, seed_process
 from distillation.inference import DevSets, padding_of, precision_of, run_evaluation, run_predictions, shown

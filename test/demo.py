@@ -21,7 +21,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data_processing.batching import Batch, Padding
-from data_processing.features import Examples, make_features, read_examples, unlabelled
+from data_processing.examples import Examples, read_examples, unlabelled
+from data_processing.features import make_features
 from data_processing.task_files import read_task_file
 from data_processing.tasks import Task, find_task
 from distillation.flags import OneLineParser

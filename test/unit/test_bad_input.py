@@ -219,7 +219,7 @@ DATA = {
     "a row with too few columns": (
         rows("data/train.tsv", ["a film", "1"], ["a film"]),
         {},
-        "data/train.tsv, row 3: has 1 columns, SST-2 needs at least 2",
+        "data/train.tsv, row 3: has 1 column, SST-2 needs at least 2",
     ),
     "an unknown label": (
         rows("data/dev.tsv", ["a film", "1"], ["a film", "positive"]),
@@ -232,7 +232,7 @@ DATA = {
         {},
         "data/train.tsv, row ",
     ),
-    "a file split by commas": (write("data/train.tsv", b"sentence,label\na film,1\n"), {}, "row 2: has 1 columns"),
+    "a file split by commas": (write("data/train.tsv", b"sentence,label\na film,1\n"), {}, "row 2: has 1 column"),
 }
 
 FLAGS = {

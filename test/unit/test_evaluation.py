@@ -11,7 +11,8 @@ from cases import Golden, assert_close, assert_same_weights, read_bin, write_row
 import task_distill
 from data_processing import tasks
 from data_processing.batching import Padding
-from data_processing.features import make_features, read_examples
+from data_processing.examples import read_examples
+from data_processing.features import make_features
 from data_processing.metrics import Metric, accuracy
 from data_processing.tasks import find_task
 from distillation import trainer

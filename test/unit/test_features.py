@@ -8,7 +8,8 @@ import pytest
 from cases import write_rows
 
 from data_processing.batching import Padding
-from data_processing.features import Examples, Features, _truncated, make_features, read_examples
+from data_processing.examples import Examples, read_examples
+from data_processing.features import Features, _truncated, make_features
 from data_processing.tables import read_table
 from data_processing.tasks import find_task
 from transformer.errors import UserError
@@ -163,12 +164,12 @@ def test_the_label_of_mnli_is_the_last_column(tmp_path):
 @pytest.mark.parametrize(
     ("task", "rows", "message"),
     [
-        (SST2, [["a film", "1"], ["a bore"]], "row 3: has 1 columns, SST-2 needs at least 2, split by tabs"),
-        (SST2, [["a film", "1"], [""], ["a bore", "0"]], "row 3: has 1 columns, SST-2 needs at least 2"),
+        (SST2, [["a film", "1"], ["a bore"]], "row 3: has 1 column, SST-2 needs at least 2, split by tabs"),
+        (SST2, [["a film", "1"], [""], ["a bore", "0"]], "row 3: has 1 column, SST-2 needs at least 2"),
         (SST2, [["a film", "1"], ["a bore", "2"]], "row 3: the label is '2', expected one of 0, 1 in column 2"),
         (SST2, [["a film", ""]], "row 2: the label is '', expected one of 0, 1 in column 2"),
         (SST2, [["a film", "a tab", "1"]], "row 2: the label is 'a tab', expected one of 0, 1 in column 2"),
-        (SST2, [["a film", "y" * 10_000]], f"row 2: the label is '{'y' * 40}…', expected one of"),
+        (SST2, [["a film", "y" * 10_000]], f"row 2: the label is '{'y' * 60}…', expected one of"),
         (MNLI, [["x"] * 10], "row 2: has 10 columns, MNLI needs at least 11, split by tabs"),
         (MNLI, [["x"] * 11 + ["-"]], "row 2: the label is '-', expected one of contradiction, entailment, neutral in "),
         (SST2, [], "holds no examples"),

@@ -18,7 +18,7 @@ import quickstart_data
 import results_table
 from quickstart_data import Snippet, split_by_film
 
-from data_processing.features import read_examples
+from data_processing.examples import read_examples
 from data_processing.tasks import find_task
 from transformer.errors import UserError
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from data_processing.features import read_examples, read_unlabelled
+from data_processing.examples import read_examples, read_unlabelled
 from data_processing.metrics import METRICS
 from data_processing.task_files import read_task_file
 from data_processing.tasks import Task
@@ -106,6 +106,7 @@ def test_a_file_of_every_key(task):
         metric=METRICS["macro_f1"],
         form="tsv",
         has_header=False,
+        test_has_header=False,
         train_file="parts/train.txt",
         augmented_file="parts/train_aug.txt",
         dev_files=("dev.txt", "parts/dev-hard.v2.txt"),
@@ -225,7 +226,7 @@ class TestExamples:
         path = rows_of(tmp_path, "train.csv", "review,stars\nx,good\n\ny\n")
         with caplog.at_level(logging.WARNING):
             message = said(read_examples, path, task())
-        assert message == ", row 4: has 1 columns, reviews needs at least 2"
+        assert message == ", row 4: has 1 column, reviews needs at least 2"
         assert caplog.records == []
 
     @pytest.mark.parametrize(

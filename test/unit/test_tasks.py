@@ -7,7 +7,7 @@ import math
 import pytest
 from cases import write_rows
 
-from data_processing.features import read_examples, read_unlabelled
+from data_processing.examples import read_examples, read_unlabelled
 from data_processing.metrics import METRICS
 from data_processing.tasks import TASKS, Task, find_task
 from transformer.errors import UserError
@@ -179,8 +179,8 @@ def test_short_rows_of_the_other_tasks_are_mistakes(tmp_path, name):
         file.write("\t".join(["x"] * (needed - 1)) + "\n")
     with pytest.raises(UserError) as caught:
         read_examples(path, task)
-    line = 3 if task.has_header else 2
-    expected = f"{path}, row {line}: has {needed - 1} columns, {name} needs at least {needed}, split by tabs"
+    line, plural = 3 if task.has_header else 2, "s" if needed != 2 else ""
+    expected = f"{path}, row {line}: has {needed - 1} column{plural}, {name} needs at least {needed}, split by tabs"
     assert str(caught.value) == expected
 
 
