@@ -48,16 +48,27 @@ class Batch(NamedTuple):
     """Examples padded to one length.
 
     input_ids, token_type_ids, attention_mask: [batch, length]. labels: [batch].
+    examples: [batch] their numbers in the features.
     """
 
     input_ids: Tensor
     token_type_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
+    examples: Tensor
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What a model takes, in its order."""
+        return self.input_ids, self.token_type_ids, self.attention_mask
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+    def pinned(self) -> Batch:
+        """The same batch in memory from which a GPU copies while it computes."""
+        return Batch(*(tensor.pin_memory() for tensor in self))
 
 
 @dataclass(frozen=True)
@@ -87,6 +98,7 @@ class Padding:
             torch.from_numpy(second.astype(np.int64)),
             torch.from_numpy(real.astype(np.int64)),
             torch.from_numpy(features.labels[examples]),
+            torch.from_numpy(examples),
         )
 
 

@@ -9,17 +9,19 @@ from __future__ import annotations
 import importlib
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import distributed
 
 from transformer.errors import UserError
+
+Result = TypeVar("Result")
 
 # The names of flags and logs, and torch's.
 _TORCH_NAMES = {"npu": "npu", "gpu": "cuda", "cpu": "cpu"}
@@ -28,16 +30,25 @@ BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
 
 @dataclass(frozen=True)
 class Process:
-    """One process of a run: its number among `world_size`, and the device it computes on."""
+    """One process of a run: its number among `world_size`, and the device it computes on.
+
+    local_rank: its number among the processes of its machine; None where that is `rank`.
+    """
 
     device: torch.device
     rank: int = 0
     world_size: int = 1
+    local_rank: int | None = None
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes files and prints."""
         return self.rank == 0
+
+    @property
+    def is_first_of_machine(self) -> bool:
+        """Whether this process works out what all of its machine find in the cache."""
+        return (self.rank if self.local_rank is None else self.local_rank) == 0
 
     @property
     def label(self) -> str:
@@ -64,6 +75,20 @@ class Process:
         first = next((text for text in self.gather(message) if text is not None), None)
         if first is not None:
             raise UserError(first)
+
+
+def first_of_machine_first(process: Process, read: Callable[[], Result]) -> Result:
+    """What `read` gives, in every process; the others of a machine find in the cache what its first has worked out.
+
+    Raises:
+        UserError: in all processes, where it is raised in one.
+    """
+    results = []
+    for turn in (True, False):
+        with process.together():
+            if process.is_first_of_machine is turn:
+                results.append(read())
+    return results[0]
 
 
 def choose_device(name: str) -> str:

@@ -16,6 +16,7 @@ from data_processing.batching import Padding
 from data_processing.features import Features
 from data_processing.tasks import Task
 from distillation.device import Process, synchronize
+from distillation.logs import Progress
 from distillation.precision import Precision
 from transformer.heads import TinyBertForSequenceClassification
 
@@ -44,25 +45,36 @@ def predict(
     batch_size: int,
     process: Process,
     precision: Precision,
+    title: str = "evaluation",
 ) -> np.ndarray:
-    """The model's logits [examples, labels], in the features' order, in every process.
+    """The model's logits [examples, outputs], in the features' order, in every process.
 
-    Each process asks the model about its own share of the examples. The model is left in the mode it had.
+    Examples of like length are asked about together, which pads little; the processes take turns at the
+    batches, so that these are the same however many there are. The model is left in the mode it had.
+
+    Args:
+        title: what the progress of a long one is called.
     """
     was_training = model.training
     model.eval()
-    share = np.array_split(np.arange(len(features)), process.world_size)[process.rank]
-    logits = [np.empty((0, model.num_labels), dtype=np.float32)]
+    # The longest first: memory that suffices for them always does.
+    order = np.argsort(-features.lengths, kind="stable")
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    own = batches[process.rank :: process.world_size]
+    progress = Progress(title, len(own), process.is_main, unit="batch")
+    logits = []
     with torch.no_grad(), precision.autocast():
-        for start in range(0, len(share), batch_size):
-            examples = share[start : start + batch_size]
+        for examples in own:
             batch = padding.collate(features, examples).to(process.device)
-            output = model(
-                batch.input_ids, batch.token_type_ids, batch.attention_mask, hidden_layers=(), attention_layers=()
-            )
-            logits.append(output.logits.float().cpu().numpy())
+            logits.append(model(*batch.inputs, hidden_layers=(), attention_layers=()).logits.float())
+            progress.advance()
+    progress.close()
     model.train(was_training)
-    return np.concatenate(process.gather(np.concatenate(logits)))
+    values = np.empty((len(order), model.num_labels), dtype=np.float32)
+    for rank, parts in enumerate(process.gather([part.cpu().numpy() for part in logits])):
+        for examples, part in zip(batches[rank :: process.world_size], parts, strict=True):
+            values[examples] = part
+    return values
 
 
 def evaluate(
@@ -80,7 +92,7 @@ def evaluate(
     logits = predict(model, features, padding, batch_size, process, precision)
     seconds = time.perf_counter() - begin
     metrics = task.metric(predictions(logits, task), features.labels)
-    ours, theirs = torch.from_numpy(logits), torch.from_numpy(features.labels)
+    ours, theirs = torch.from_numpy(logits), torch.tensor(features.labels)  # which may be read-only
     loss = functional.mse_loss(ours[:, 0], theirs) if task.is_regression else functional.cross_entropy(ours, theirs)
     return Evaluation({**metrics, "eval_loss": loss.item()}, len(features), seconds)
 

@@ -120,7 +120,12 @@ def _add_folders(parser: argparse.ArgumentParser, entry: Entry) -> None:
         + (f" (default: {entry.fps_acc_dir / 'TASK'})" if entry.fps_acc_dir else ""),
     )
     group.add_argument("--overwrite_output_dir", action="store_true", help="write into a folder that is not empty")
-    group.add_argument("--cache_dir", default="", help="of the original scripts; has no effect here")
+    group.add_argument(
+        "--cache_dir",
+        default="",
+        help="where tokenized files and the teacher's answers are kept for the next run (default: ~/.cache/tinybert)",
+    )
+    group.add_argument("--cache_limit", type=float, default=20.0, help="its most gigabytes; 0 keeps nothing")
     if entry.tasks is None:
         group.add_argument("--data_url", default="", help="another folder that what was made is copied to at the end")
     else:
@@ -178,6 +183,11 @@ def _add_training(parser: argparse.ArgumentParser, entry: Entry) -> None:
         "--losses",
         default="attention,hidden,embedding",
         help="what the intermediate stage learns, for ablations: any of these, split by commas",
+    )
+    group.add_argument(
+        "--ask_teacher_always",
+        action="store_true",
+        help="ask the teacher in every step; otherwise the prediction stage asks it once for each example",
     )
     group.add_argument("--temperature", type=float, default=1.0, help="of the prediction loss")
     group.add_argument(

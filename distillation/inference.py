@@ -7,10 +7,11 @@ import time
 from dataclasses import dataclass
 
 from data_processing.batching import Padding
-from data_processing.features import Examples, Features, make_features, read_examples, read_unlabelled
+from data_processing.examples import Examples, read_examples, read_unlabelled
+from data_processing.features import Features, load_features, make_features
 from data_processing.tasks import Task
 from distillation.checkpoint import check_can_make
-from distillation.device import Process
+from distillation.device import Process, first_of_machine_first
 from distillation.evaluation import Evaluation, evaluate, predict, predictions
 from distillation.logs import RunLog, check_logs
 from distillation.models import LoadedModel, check_lengths, choose_case, load_complete
@@ -42,8 +43,10 @@ class DevSets:
     @classmethod
     def read(cls, options: Options, tokenizer: BertTokenizer) -> DevSets:
         """Reads and tokenizes every dev file of the task."""
-        examples = {name: read_examples(options.data_dir / name, options.task) for name in options.task.dev_files}
-        features = {name: make_features(rows, tokenizer, options.max_seq_length) for name, rows in examples.items()}
+        features = {
+            name: load_features(options.data_dir / name, options.task, tokenizer, options.max_seq_length, options.cache)
+            for name in options.task.dev_files
+        }
         return cls(options.task, options.eval_batch_size, features)
 
     def judge(
@@ -69,7 +72,7 @@ def run_evaluation(options: Options, process: Process) -> None:
             check_copy(options)
             check_logs(options.fps_acc_dir, options.log_name(process.world_size))
         loaded = _load(options)
-        dev = DevSets.read(options, loaded.tokenizer)
+    dev = first_of_machine_first(process, lambda: DevSets.read(options, loaded.tokenizer))
     precision = precision_of(options, process)
     loaded.model.to(process.device)
     precision.prepare_frozen(loaded.model)
@@ -140,8 +143,14 @@ def _read_for_prediction(options: Options, name: str) -> Examples:
     task, path = options.task, options.data_dir / name
     if not options.data_dir.is_dir():
         raise UserError(f"{options.data_dir}: no such folder; --data_dir holds the task's files")
-    labelled = name in (task.train_file, task.augmented_file, *task.dev_files)
-    return read_examples(path, task) if labelled else read_unlabelled(path, task)
+    labelled = (options.data_dir / file for file in (task.train_file, task.augmented_file, *task.dev_files))
+    if path.resolve() in (file.resolve() for file in labelled):
+        return read_examples(path, task)
+    if name not in task.test_files:
+        logger.info(
+            "%s: none of the task's own files: read in the form of %s's test files, without labels", path, task.name
+        )
+    return read_unlabelled(path, task)
 
 
 def padding_of(options: Options, loaded: LoadedModel) -> Padding:

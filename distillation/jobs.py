@@ -6,14 +6,14 @@ Everything that the user gave is read and checked first; only then is anything w
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_processing.batching import TrainingPlan
-from data_processing.examples import read_examples
-from data_processing.features import Features, make_features
+from data_processing.features import Features, load_features
 from distillation.checkpoint import check_can_make, check_output_dir, make_folder, save_model
-from distillation.device import Process, seed_process
+from distillation.device import Process, first_of_machine_first, seed_process
 from distillation.inference import DevSets, padding_of, precision_of, run_evaluation, run_predictions, shown
 from distillation.logs import RunLog, check_logs, clock
 from distillation.losses import choose_layer_map
@@ -29,6 +29,7 @@ from distillation.models import (
 from distillation.options import Options, Stage
 from distillation.results import check_copy, check_results, copy_outputs, write_results
 from distillation.stages import FineTuning, IntermediateStage, PredictionStage, TrainingStage, freeze_unused
+from distillation.teacher import Teacher, ask_once, weights_digest
 from distillation.trainer import Outcome, Schedule, Trainer
 from transformer.errors import UserError
 
@@ -54,7 +55,9 @@ def run(options: Options, process: Process) -> None:
 
 def _train(options: Options, process: Process) -> None:
     with process.together():
-        parts = TrainingParts.read(options, process)
+        check_places(options, process)
+        models = _models(options)
+    parts = first_of_machine_first(process, lambda: TrainingParts.read(options, models))
     with process.together():
         if process.is_main:
             make_folder(options.output_dir, "--output_dir")
@@ -76,41 +79,73 @@ class TrainingParts:
     dev: DevSets
 
     @classmethod
-    def read(cls, options: Options, process: Process) -> TrainingParts:
-        """Reads and checks all that the flags name; writes nothing.
+    def read(cls, options: Options, models: tuple[LoadedModel | None, LoadedModel]) -> TrainingParts:
+        """Reads and checks the data for these models; writes nothing but the cache.
 
         Raises:
             UserError: part of it is missing, broken, or does not fit the rest.
         """
-        if process.is_main:  # alone: to the others the folder may already be this run's own
-            sources = options.teacher_model, options.student_model, options.data_dir
-            check_output_dir(options.output_dir, options.overwrite_output_dir, sources)
-            check_can_make(options.output_dir, "--output_dir")
-            check_results(options.output_dir, options.task)
-            check_copy(options)
-            check_logs(options.fps_acc_dir, options.log_name(process.world_size))
-        teacher, learner = _models(options)
+        teacher, learner = models
         stage = _stage(options, teacher, learner)
         check_lengths(learner.model.config, learner.folder, options.task, options.max_seq_length)
-        examples = read_examples(_training_file(options), options.task)
-        dev = DevSets.read(options, learner.tokenizer)
-        features = make_features(examples, learner.tokenizer, options.max_seq_length)
-        return cls(teacher, learner, stage, features, dev)
+        reading = options.task, learner.tokenizer, options.max_seq_length, options.cache
+        features = load_features(_training_file(options), *reading)
+        return cls(teacher, learner, stage, features, DevSets.read(options, learner.tokenizer))
+
+
+def check_places(options: Options, process: Process) -> None:
+    """Checks, and makes nothing, that the run may write where it is to.
+
+    Raises:
+        UserError: it may not.
+    """
+    if not process.is_main:  # to the others the folder may already be this run's own
+        return
+    sources = options.teacher_model, options.student_model, options.data_dir
+    check_output_dir(options.output_dir, options.overwrite_output_dir, sources)
+    check_can_make(options.output_dir, "--output_dir")
+    check_results(options.output_dir, options.task)
+    check_copy(options)
+    check_logs(options.fps_acc_dir, options.log_name(process.world_size))
 
 
 def _teach(options: Options, process: Process, parts: TrainingParts, log: RunLog) -> None:
     learner, stage, dev = parts.learner, parts.stage, parts.dev
     precision = precision_of(options, process)
     padding = padding_of(options, learner)
+    plan = TrainingPlan(
+        parts.features.lengths,
+        options.train_batch_size,
+        padding,
+        options.seed,
+        options.gradient_accumulation_steps,
+        process.rank,
+        process.world_size,
+        options.group_by_length,
+    )
+    schedule = _schedule(options)
     learner.model.to(process.device)
     freeze_unused(learner.model, stage.unused)
     _say_settings(options, process, parts)
     if parts.teacher is not None:
+        asked_once = (
+            isinstance(stage, PredictionStage)
+            and stage.regression_target != "labels"
+            and not options.ask_teacher_always
+            and schedule.total_steps(plan.steps_per_epoch) > plan.steps_per_epoch
+        )
+        weights = weights_digest(parts.teacher.model) if asked_once else ""
         teacher = parts.teacher.model.to(process.device)
         precision.prepare_frozen(teacher)
         for name, judged in dev.judge(teacher, padding, process, precision).items():
             logger.info("the teacher's own %s", shown(name, judged))
             log.record("teacher", file=name, **judged.metrics)
+        if asked_once:
+            assert isinstance(stage, PredictionStage)
+            begin = time.monotonic()
+            logits = ask_once(teacher, weights, parts.features, padding, options, process, precision)
+            log.record("teacher_asked_once", examples=len(logits), seconds=time.monotonic() - begin)
+            stage = replace(stage, teacher=Teacher(teacher, logits))
 
     def judge(step: int) -> float:
         results = dev.judge(learner.model, padding, process, precision)
@@ -126,23 +161,13 @@ def _teach(options: Options, process: Process, parts: TrainingParts, log: RunLog
             weights = precision.weights(learner.model)
             save_model(options.output_dir, learner.model.config, weights, learner.tokenizer)
 
-    plan = TrainingPlan(
-        parts.features.lengths,
-        options.train_batch_size,
-        padding,
-        options.seed,
-        options.gradient_accumulation_steps,
-        process.rank,
-        process.world_size,
-        options.group_by_length,
-    )
     seed_process(options.seed, process.rank)  # from here on each process draws its own dropout
     trainer = Trainer(
         learner.model,
         stage,
         parts.features,
         plan,
-        _schedule(options),
+        schedule,
         process,
         precision,
         log,
@@ -208,14 +233,14 @@ def _stage(options: Options, teacher: LoadedModel | None, learner: LoadedModel) 
     regression = options.task.is_regression
     if teacher is None:
         return FineTuning(regression)
-    teacher.model.eval().requires_grad_(False)
+    asked = Teacher(teacher.model.eval().requires_grad_(False))
     if options.stage is Stage.PREDICTION:
-        return PredictionStage(teacher.model, options.temperature, options.regression_target if regression else None)
+        return PredictionStage(asked, options.temperature, options.regression_target if regression else None)
     if "attention" in options.losses:
         check_same_heads(teacher, learner)
     layers = learner.model.config.num_hidden_layers, teacher.model.config.num_hidden_layers
     layer_map = choose_layer_map(options.layer_map, *layers)
-    return IntermediateStage(teacher.model, layer_map, options.padding == "max_length", options.losses)
+    return IntermediateStage(asked, layer_map, options.padding == "max_length", options.losses)
 
 
 def _training_file(options: Options) -> Path:

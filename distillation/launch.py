@@ -97,7 +97,7 @@ def _run_under_torchrun(options: Options, kind: str) -> None:
     check_ids(kind, ids)
     # Where the user sets nothing torchrun tells each process to use one thread, however many cores there are.
     torch.set_num_threads(share_cores(local, ignored="1" if local > 1 else ""))
-    process = Process(open_device(kind, ids[local_rank]), rank, world_size)
+    process = Process(open_device(kind, ids[local_rank]), rank, world_size, local_rank)
     distributed.init_process_group(BACKENDS[kind], device_id=process.device if kind == "cuda" else None)
     try:
         jobs.run(options, process)

@@ -13,6 +13,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -24,6 +25,8 @@ from distillation.device import Process, synchronize
 from transformer.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+_SECONDS_BETWEEN_VALUES = 1.0  # on a bar: to read them a device must be waited for
 
 
 def show_messages(enabled: bool = True) -> None:
@@ -157,36 +160,34 @@ class _Pause:
 class Progress:
     """Steps done and time left: a bar on a terminal, elsewhere a line every ten seconds."""
 
-    def __init__(self, title: str, total: int, enabled: bool = True, every: float = 10.0) -> None:
-        self._title, self._total, self._every = title, total, every
+    def __init__(self, title: str, total: int, enabled: bool = True, every: float = 10.0, unit: str = "step") -> None:
+        self._title, self._total, self._every, self._unit = title, total, every, unit
         self._done = 0
         self._begin = self._shown = time.monotonic()
         self._enabled = enabled
         self._bar = (
-            tqdm(total=total, desc=title, unit="step", dynamic_ncols=True) if sys.stderr.isatty() and enabled else None
+            tqdm(total=total, desc=title, unit=unit, dynamic_ncols=True, leave=unit == "step")
+            if sys.stderr.isatty() and enabled
+            else None
         )
 
-    def advance(self, **values: str) -> None:
-        """One more step is done; the values are shown beside it."""
+    def advance(self, values: Callable[[], dict[str, str]] = dict) -> None:
+        """One more step is done; the values are shown beside it, and asked for only when they are."""
         self._done += 1
+        now = time.monotonic()
         if self._bar is not None:
-            self._bar.set_postfix(values, refresh=False)
+            if now - self._shown >= _SECONDS_BETWEEN_VALUES:
+                self._shown = now
+                self._bar.set_postfix(values(), refresh=False)
             self._bar.update()
             return
-        now = time.monotonic()
         if self._enabled and now - self._shown >= self._every and self._done < self._total:
             self._shown = now
             left = (now - self._begin) / self._done * (self._total - self._done)
-            shown = ", ".join(f"{name} {value}" for name, value in values.items())
             percent = 100 * self._done // self._total
+            parts = [f"{self._unit} {self._done} of {self._total} ({percent} %)", f"{clock(left)} left"]
             logger.info(
-                "%s: step %d of %d (%d %%), %s left, %s",
-                self._title,
-                self._done,
-                self._total,
-                percent,
-                clock(left),
-                shown,
+                "%s: %s", self._title, ", ".join(parts + [f"{name} {value}" for name, value in values().items()])
             )
 
     def close(self) -> None:

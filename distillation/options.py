@@ -12,9 +12,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from data_processing.cache import Cache, default_folder
 from data_processing.task_files import read_task_file
 from data_processing.tasks import Task, find_task
-from distillation.flags import Entry, build_parser
+from distillation.flags import Entry, build_parser, path
 from transformer.errors import UserError
 
 _MOST_EPOCHS = 10_000_000
@@ -43,7 +44,7 @@ class Options:
     student_model: Path | None
     output_dir: Path
     fps_acc_dir: Path
-    cache_dir: str
+    cache: Cache
     data_url: str
     max_seq_length: int
     do_lower_case: bool | None  # None: the models' folders tell
@@ -76,6 +77,7 @@ class Options:
     layer_map: str | tuple[int, ...]  # one of LAYER_MAPS, or the teacher's layer for each student layer
     losses: tuple[str, ...]  # of LOSSES
     regression_target: str
+    ask_teacher_always: bool
     predict_file: str | None
     overwrite_output_dir: bool
 
@@ -118,6 +120,7 @@ def parse_options(arguments: Sequence[str], entry: Entry) -> Options:
         values["fps_acc_dir"] = entry.fps_acc_dir / task.name
     if values["predict_file"] is not None and stage is not Stage.PREDICTIONS:
         raise UserError("--predict_file names what --do_predict reads; give both")
+    values["cache"] = _cache(values["cache_dir"], values["cache_limit"])
     if entry.tasks is not None:
         values["data_url"] = ""  # of the original main.py, which did nothing with it
     values["do_lower_case"] = _lower_case(values["do_lower_case"], task)
@@ -149,6 +152,14 @@ def _task(name: str | None, file: Path | None, values: dict[str, Any], entry: En
     if values["data_dir"] is None:
         raise UserError("--data_dir is required: the folder of the task's files")
     return task
+
+
+def _cache(folder: str, gigabytes: float) -> Cache:
+    if not 0 <= gigabytes < 1e6:
+        raise UserError(f"--cache_limit {gigabytes}: expected a number of gigabytes, 0 or more")
+    if gigabytes == 0:
+        return Cache(None, 0)
+    return Cache(path(folder) if folder else default_folder(), round(gigabytes * 1e9))
 
 
 def _lower_case(flag: bool, task: Task) -> bool | None:

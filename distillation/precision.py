@@ -34,13 +34,18 @@ _MOST_SKIPPED_IN_A_ROW = 50
 class Precision:
     """fp32, and what the mixed precisions share. One object serves one optimizer.
 
+    name: what tells its numbers from another's.
     dynamic: whether an overflow lowers the loss scale, so that a loss that is not finite may pass.
     skipped: how many steps were skipped because a gradient was not finite.
     bucket_views: whether gradients may be views of the buffers in which processes exchange them.
+    waits: whether a step must see at once if a gradient is finite (`step`), since one that is not only means
+        another loss scale; otherwise the device need not be waited for (`step_unseen`).
     """
 
+    name = "fp32"
     dynamic = False
     bucket_views = True
+    waits = False
 
     def __init__(self) -> None:
         self.skipped = 0
@@ -74,6 +79,13 @@ class Precision:
             optimizer.step(norms=norms)
         return self._counted(moved)
 
+    def step_unseen(self, optimizer: BertAdam) -> Tensor:
+        """Moves the weights unless a gradient is not finite; returns a scalar on the device, 1 where it did not."""
+        norms = gradient_norms(optimizer.gradients())
+        skipped = (~torch.stack(norms).isfinite().all()).float()
+        optimizer.step(norms=norms, skip=skipped)
+        return skipped
+
     def _counted(self, moved: bool) -> bool:
         """Counts a step; an overflow that will not end is an error, whoever lowers the scale."""
         self._skipped_in_a_row = 0 if moved else self._skipped_in_a_row + 1
@@ -104,6 +116,9 @@ class TorchMixedPrecision(Precision):
     def __init__(self, device: torch.device, dtype: torch.dtype, level: str, loss_scale: float | None) -> None:
         super().__init__()
         self._device, self._dtype, self._level = device, dtype, level
+        self.name = f"{str(dtype).removeprefix('torch.')}-{level}"
+        # bf16 has fp32's range: a loss scale changes nothing, and what overflows is no overflow of half precision.
+        self.waits = loss_scale is None or dtype == torch.float16
         self.dynamic = loss_scale is None
         self._scale = _FIRST_DYNAMIC_SCALE if loss_scale is None else loss_scale
         self._steps_since_overflow = 0
@@ -138,19 +153,33 @@ class TorchMixedPrecision(Precision):
         (loss * self._scale).backward()
 
     def step(self, optimizer: BertAdam) -> bool:
-        for parameter, master in self._masters.items():
-            master.grad = None if parameter.grad is None else parameter.grad.to(master.dtype)
-            parameter.grad = None
+        self._move_gradients()
         norms = gradient_norms(optimizer.gradients())
         moved = _all_finite(norms)
         if moved:
             optimizer.step(norms=norms, grad_scale=self._scale)
-            with torch.no_grad():
-                for parameter, master in self._masters.items():
-                    if master.grad is not None:
-                        parameter.copy_(master)
+            self._copy_masters()
         self._adapt(moved)
         return self._counted(moved)
+
+    def step_unseen(self, optimizer: BertAdam) -> Tensor:
+        self._move_gradients()
+        norms = gradient_norms(optimizer.gradients())
+        skipped = (~torch.stack(norms).isfinite().all()).float()
+        optimizer.step(norms=norms, grad_scale=self._scale, skip=skipped)
+        self._copy_masters()
+        return skipped
+
+    def _move_gradients(self) -> None:
+        for parameter, master in self._masters.items():
+            master.grad = None if parameter.grad is None else parameter.grad.to(master.dtype)
+            parameter.grad = None
+
+    @torch.no_grad()
+    def _copy_masters(self) -> None:
+        for parameter, master in self._masters.items():
+            if master.grad is not None:
+                parameter.copy_(master)
 
     def _adapt(self, moved: bool) -> None:
         self._steps_since_overflow = self._steps_since_overflow + 1 if moved else 0
@@ -188,11 +217,13 @@ class _NamedOutputs(nn.Module):
 class ApexMixedPrecision(Precision):
     """Half precision by apex, where it is installed for the device."""
 
+    waits = True
     bucket_views = False  # apex detaches gradients in place, which views refuse
 
     def __init__(self, amp: ModuleType, level: str, loss_scale: float | None) -> None:
         super().__init__()
         self._amp, self._level = amp, level
+        self.name = f"apex-{level}"
         self.dynamic = loss_scale is None
         self._loss_scale: float | str = "dynamic" if loss_scale is None else loss_scale
         self._optimizer: BertAdam | None = None

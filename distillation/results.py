@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
@@ -10,6 +11,7 @@ from typing import BinaryIO
 from data_processing.tasks import Task
 from distillation.checkpoint import check_can_make, make_folder
 from distillation.evaluation import Evaluation
+from distillation.flags import path as path_of
 from distillation.options import Options
 from transformer.errors import UserError
 from transformer.file_utils import write_together
@@ -34,6 +36,8 @@ def check_results(output_dir: Path, task: Task) -> None:
         check_can_make(path.parent, "--output_dir")
         if path.is_dir():
             raise UserError(f"{path}: is a folder where the metrics are to be written")
+        if path.exists() and not os.access(path, os.W_OK):
+            raise UserError(f"{path}: cannot be written (it is another user's, or read-only)")
 
 
 def write_results(output_dir: Path, task: Task, results: Mapping[str, Evaluation], **also: int) -> None:
@@ -91,7 +95,11 @@ def write_predictions(output_dir: Path, predicted: Mapping[str, tuple[Sequence[s
     """
 
     def writer(ids: Sequence[str], values: Sequence[str]) -> Callable[[BinaryIO], object]:
-        rows = ["index\tprediction", *(f"{index}\t{value}" for index, value in zip(ids, values, strict=True))]
+        # An id of CSV may hold what ends a column or a row here.
+        rows = [
+            "index\tprediction",
+            *(f"{' '.join(index.split())}\t{value}" for index, value in zip(ids, values, strict=True)),
+        ]
         return lambda file: file.write(("\n".join(rows) + "\n").encode("utf-8"))
 
     make_folder(output_dir, "--output_dir")
@@ -105,15 +113,18 @@ def check_copy(options: Options) -> None:
     """Checks, and makes nothing, that what is made can be copied to --data_url.
 
     Raises:
-        UserError: it is no folder that may be written, or it holds something already.
+        UserError: it is no folder that may be written, one that the run reads or writes, or it holds something already.
     """
     if not options.data_url:
         return
     if "://" in options.data_url:
         raise UserError(f"--data_url {options.data_url}: outputs are copied to folders only, mounted ones too")
-    target = Path(options.data_url)
-    if target.resolve() == options.output_dir.resolve():
-        raise UserError(f"--data_url {target}: is --output_dir itself")
+    target = path_of(options.data_url)
+    if options.output_dir.resolve() in (target.resolve(), *target.resolve().parents):
+        raise UserError(f"--data_url {target}: is --output_dir itself, or a folder in it")
+    for source in (options.teacher_model, options.student_model, options.data_dir):
+        if source is not None and source.resolve() == target.resolve():
+            raise UserError(f"--data_url {target}: is a folder that this run reads from; give another one")
     if target.exists() and not target.is_dir():
         raise UserError(f"--data_url {target}: is a file, a folder is needed")
     check_can_make(target, "--data_url")

@@ -5,16 +5,16 @@ The loop (`trainer.py`) is one for all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from data_processing.batching import Batch, Totals
 from distillation import losses
-from transformer.heads import TinyBertForSequenceClassification, TinyBertOutput
+from distillation.teacher import Teacher
+from transformer.heads import TinyBertOutput
 
 Losses = dict[str, Tensor]
 
@@ -45,14 +45,13 @@ class TrainingStage(Protocol):
 class IntermediateStage:
     """Attention scores, hidden states and embeddings (paper, equation 11 with m <= M); constant rate.
 
-    teacher: frozen.
     layer_map: the teacher's layer for each of the student's layers, from 1.
     padding_counts: whether the means run over padding too, as the original's do.
     parts: which of `attention`, `hidden` and `embedding` are learned.
     """
 
-    teacher: TinyBertForSequenceClassification
-    layer_map: Sequence[int]
+    teacher: Teacher
+    layer_map: tuple[int, ...]
     padding_counts: bool
     parts: tuple[str, ...] = ("attention", "hidden", "embedding")
     schedule: str = "none"
@@ -77,18 +76,11 @@ class IntermediateStage:
         return tuple(unused)
 
     def losses(self, model: Callable[..., TinyBertOutput], batch: Batch, totals: Totals) -> Losses:
-        inputs = batch.input_ids, batch.token_type_ids, batch.attention_mask
         attention = "attention" in self.parts
         learned_layers, taught_layers = self._hidden_layers()
-        with torch.no_grad():
-            taught = self.teacher(
-                *inputs,
-                hidden_layers=taught_layers,
-                attention_layers=self.layer_map if attention else (),
-                with_logits=False,
-            )
+        taught = self.teacher.states(batch, taught_layers, self.layer_map if attention else ())
         learned = model(
-            *inputs,
+            *batch.inputs,
             is_student=True,
             hidden_layers=learned_layers,
             attention_layers=range(1, len(self.layer_map) + 1) if attention else (),
@@ -120,7 +112,7 @@ class PredictionStage:
     `labels`, as in the original, or the `teacher`'s; None where it is none.
     """
 
-    teacher: TinyBertForSequenceClassification
+    teacher: Teacher
     temperature: float
     regression_target: str | None = None
     schedule: str = "warmup_linear"
@@ -130,8 +122,7 @@ class PredictionStage:
     def losses(self, model: Callable[..., TinyBertOutput], batch: Batch, totals: Totals) -> Losses:
         if self.regression_target == "labels":
             return {"cls_loss": losses.regression_loss(_logits(model, batch), batch.labels, totals)}
-        with torch.no_grad():
-            target = _logits(self.teacher, batch)
+        target = self.teacher.logits(batch)
         if self.regression_target == "teacher":
             return {"cls_loss": losses.regression_loss(_logits(model, batch), target, totals)}
         return {"cls_loss": losses.prediction_loss(_logits(model, batch), target, self.temperature, totals)}
@@ -155,8 +146,7 @@ class FineTuning:
 
 
 def _logits(model: Callable[..., TinyBertOutput], batch: Batch) -> Tensor:
-    inputs = batch.input_ids, batch.token_type_ids, batch.attention_mask
-    logits = model(*inputs, hidden_layers=(), attention_layers=()).logits
+    logits = model(*batch.inputs, hidden_layers=(), attention_layers=()).logits
     assert logits is not None  # they were asked for
     return logits
 

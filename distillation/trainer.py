@@ -10,12 +10,14 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
+from typing import NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from data_processing.batching import Batch, Step, Totals, TrainingPlan, prepared
@@ -47,6 +49,15 @@ class Schedule:
     output_txt_step: int
     workers: int
     performance: bool
+
+    def stage_steps(self, steps_per_epoch: int) -> int:
+        """The optimizer steps of the whole stage, which the rate's schedule spans."""
+        return max(1, round(steps_per_epoch * self.num_train_epochs))
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """The steps that are taken: a performance run leaves its stage early."""
+        steps = self.stage_steps(steps_per_epoch)
+        return min(steps, PERFORMANCE_STEPS) if self.performance else steps
 
 
 @dataclass
@@ -96,19 +107,18 @@ class Trainer:
         self.stage, self.features, self.plan, self.schedule = stage, features, plan, schedule
         self.process, self.precision, self.log, self.title = process, precision, log, title
         self.judge, self.save = judge, save
-        # The rate's schedule spans the whole stage, also where a performance run leaves it early.
-        self.stage_steps = max(1, round(plan.steps_per_epoch * schedule.num_train_epochs))
-        self.total_steps = min(self.stage_steps, PERFORMANCE_STEPS) if schedule.performance else self.stage_steps
+        self.total_steps = schedule.total_steps(plan.steps_per_epoch)
         self.optimizer = BertAdam(
             decay_groups(model, schedule.weight_decay),
             lr=schedule.learning_rate,
             warmup=schedule.warmup_proportion,
-            t_total=self.stage_steps,
+            t_total=schedule.stage_steps(plan.steps_per_epoch),
             schedule=stage.schedule,
         )
         self.model = self._distributed(precision.prepare(model, self.optimizer))
         self.outcome = Outcome()
         self._metric: float | None = None
+        self._first_bad: tuple[Tensor, tuple[str, ...]] | None = None  # [step, terms of its loss]; step 0 is none
         self._saved_at = time.monotonic()
 
     def run(self) -> Outcome:
@@ -124,12 +134,15 @@ class Trainer:
             parts = self._learn(batches, totals)
             self.outcome.steps += 1
             meter.count(totals.examples)
-            # Of the other processes' parts no more is known here than that they are alike.
-            progress.advance(loss=f"{sum(parts.values()) * self.process.world_size:.4f}", FPS=f"{meter.fps():.1f}")
+            progress.advance(partial(self._shown, parts, meter))
             last = self.outcome.steps == self.total_steps
-            if last or self.outcome.steps % self.schedule.eval_step == 0:
+            looks = last or self.outcome.steps % self.schedule.eval_step == 0
+            tells = last or self.outcome.steps % self.schedule.output_txt_step == 0
+            if looks or tells or self.process.device.type == "cpu":
+                self._stop_if_not_finite()
+            if looks:
                 self._look(meter, last)
-            if last or self.outcome.steps % self.schedule.output_txt_step == 0:
+            if tells:
                 self._write_line(epoch, number, parts, meter.fps())
         progress.close()
         self.outcome.fps, self.outcome.examples, self.outcome.seconds = meter.fps(), meter.examples, meter.paused
@@ -140,7 +153,10 @@ class Trainer:
         """Every step of the run: its epoch, its number in the epoch, its batches, the totals of its losses."""
 
         def collate(step: Step) -> tuple[list[Batch], Totals]:
-            return [self.plan.padding.collate(self.features, part) for part in step.micro_batches], step.totals
+            batches = [self.plan.padding.collate(self.features, part) for part in step.micro_batches]
+            return [batch.pinned() for batch in batches] if pins else batches, step.totals
+
+        pins = self.process.device.type == "cuda"
 
         epoch, left = 0, self.total_steps
         while left:
@@ -164,10 +180,13 @@ class Trainer:
             gradient_as_bucket_view=self.precision.bucket_views,
         )
 
-    def _learn(self, batches: list[Batch], totals: Totals) -> dict[str, float]:
-        """One optimizer step over its micro-batches; returns this process's part of each term of its loss."""
+    def _learn(self, batches: list[Batch], totals: Totals) -> dict[str, Tensor]:
+        """One optimizer step over its micro-batches; returns this process's part of each term of its loss.
+
+        They stay on the device, which is not waited for: only who reads them waits.
+        """
         self.optimizer.zero_grad()
-        parts: dict[str, float] = {}
+        parts: dict[str, Tensor] = {}
         for number, batch in enumerate(batches, start=1):
             last = number == len(batches)
             with contextlib.nullcontext() if last else self._without_sync():
@@ -177,20 +196,45 @@ class Trainer:
                 # The wrapper divides the sum of the processes' gradients by their number.
                 self.precision.backward(loss * self.process.world_size, last)
             for name, term in terms.items():
-                parts[name] = parts.get(name, 0.0) + term.item()
-        if not self.precision.step(self.optimizer):
+                parts[name] = parts[name] + term.detach() if name in parts else term.detach()
+        if not self.precision.waits:
+            self._note_first_bad(self.precision.step_unseen(self.optimizer), parts)
+        elif not self.precision.step(self.optimizer):
             self._stop_unless_overflow(parts)
         return parts
+
+    def _shown(self, parts: dict[str, Tensor], meter: FpsMeter) -> dict[str, str]:
+        # Of the other processes' parts no more is known here than that they are alike.
+        loss = self.process.world_size * sum(map(float, parts.values()))
+        return {"loss": f"{loss:.4f}", "FPS": f"{meter.fps():.1f}"}
+
+    def _note_first_bad(self, skipped: Tensor, parts: dict[str, Tensor]) -> None:
+        """Remembers, on the device, the first step that moved nothing and its loss; `_stop_if_not_finite` reads it."""
+        noted = torch.stack([skipped * (self.outcome.steps + 1), *parts.values()])
+        if self._first_bad is None:
+            self._first_bad = noted, tuple(parts)
+        else:
+            known, names = self._first_bad
+            self._first_bad = torch.where(known[0] > 0, known, noted), names
+
+    def _stop_if_not_finite(self) -> None:
+        """Ends the run, in every process, if since the last look a step was found to have no finite gradient."""
+        if self._first_bad is None:
+            return
+        (step, *values), names = self._first_bad[0].cpu().tolist(), self._first_bad[1]
+        self._first_bad = None
+        if step > 0:
+            self._stop(int(step), self._over_all_processes(dict(zip(names, values, strict=True))))
 
     def _without_sync(self) -> AbstractContextManager[None]:
         """A micro-batch that does not end a step keeps its gradients to this process."""
         return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else contextlib.nullcontext()
 
-    def _over_all_processes(self, parts: dict[str, float]) -> dict[str, float]:
-        gathered = self.process.gather(parts)
+    def _over_all_processes(self, parts: Mapping[str, float | Tensor]) -> dict[str, float]:
+        gathered = self.process.gather({name: float(part) for name, part in parts.items()})
         return {name: sum(part[name] for part in gathered) for name in parts}
 
-    def _stop_unless_overflow(self, own_parts: dict[str, float]) -> None:
+    def _stop_unless_overflow(self, own_parts: dict[str, Tensor]) -> None:
         """After a step that was skipped, in every process: goes on only if the loss scale can be what was wrong."""
         parts = self._over_all_processes(own_parts)
         finite = math.isfinite(sum(parts.values()))
@@ -202,9 +246,13 @@ class Trainer:
                 self.precision.scale,
             )
             return
+        self._stop(self.outcome.steps + 1, parts)
+
+    def _stop(self, step: int, parts: dict[str, float]) -> NoReturn:
+        finite = math.isfinite(sum(parts.values()))
         terms = ", ".join(f"{name} {value:g}" for name, value in parts.items())
         raise UserError(
-            f"step {self.outcome.steps + 1}: {'a gradient' if finite else 'the loss'} is not finite ({terms}); "
+            f"step {step}: {'a gradient' if finite else 'the loss'} is not finite ({terms}); "
             "what was saved before stays. A lower --learning_rate may help"
         )
 
@@ -223,7 +271,7 @@ class Trainer:
                 self.save()
             self._saved_at = time.monotonic()
 
-    def _write_line(self, epoch: int, number: int, own_parts: dict[str, float], fps: float) -> None:
+    def _write_line(self, epoch: int, number: int, own_parts: dict[str, Tensor], fps: float) -> None:
         parts = self._over_all_processes(own_parts)
         self.log.line(epoch, number, fps, self._metric)
         rate = self.optimizer.rate(self.optimizer.param_groups[0], max(0, self.optimizer.steps_taken - 1))

@@ -53,12 +53,17 @@ class EncoderOutput(NamedTuple):
     pooled: Tensor | None
 
 
+def _has_cpu_kernels(device: torch.device) -> bool:
+    """Whether torch's kernels are those of a CPU, whose slow and fast sides are others than an accelerator's."""
+    return device.type == "cpu"
+
+
 class LayerNorm(nn.LayerNorm):
     """Layer normalisation in fp32 whatever the input's type: BERT's eps, 1e-12, is 0 in fp16."""
 
     def forward(self, input: Tensor) -> Tensor:
         # A CPU's kernel takes half precision as it is and computes in fp32; others would compute in the weights' type.
-        states = input if input.device.type == "cpu" else input.float()
+        states = input if _has_cpu_kernels(input.device) else input.float()
         with torch.autocast(device_type=input.device.type, enabled=False):
             normalised = functional.layer_norm(
                 states, self.normalized_shape, self.weight.float(), self.bias.float(), self.eps
@@ -73,7 +78,7 @@ class Dropout(nn.Dropout):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training or self.p == 0.0 or input.device.type != "cpu":
+        if not self.training or self.p == 0.0 or not _has_cpu_kernels(input.device):
             return super().forward(input)
         dropped = round(self.p * 2**16)  # of 65536 values
         count = input.numel()
@@ -145,7 +150,7 @@ def _as_autocast_would(states: Tensor) -> Tensor:
 def _softmax(scores: Tensor) -> Tensor:
     """Softmax over the keys, in fp32 whatever the type of the scores."""
     keys = scores.shape[-1]
-    if scores.device.type == "cpu" and keys < _VECTOR:
+    if _has_cpu_kernels(scores.device) and keys < _VECTOR:
         # Shorter rows than a vector register make torch's kernel ten times slower. exp of MASKED_SCORE is 0.
         scores = functional.pad(scores, (0, _VECTOR - keys), value=2 * MASKED_SCORE)
     return functional.softmax(scores, dim=-1, dtype=torch.float32)[..., :keys]

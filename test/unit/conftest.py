@@ -18,6 +18,12 @@ def golden(request) -> cases.Golden:
     return cases.Golden(request.param)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_home(tmp_path_factory) -> None:
+    """What runs keep for the next one, in this process and those it starts, is kept apart from the user's."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture
 def sst2(tmp_path) -> cases.Workplace:
     """The golden SST-2 case as a user's folders: eight sentences, a teacher of six layers, a student of three."""

@@ -437,7 +437,7 @@ def test_texts_of_every_kind_are_trained_on(sst2):
     for stage in ({}, PREDICTION):
         for padding in ("longest", "max_length"):
             name = sst2.folder / f"model_{len(stage)}_{padding}"
-            done = sst2.run(**stage, padding=padding, train_batch_size=2, output_dir=name)
+            done = sst2.run(**stage, padding=padding, train_batch_size=2, output_dir=name, cache_limit=0)
             assert ": 9 examples of " in done.out
             assert "train.tsv: 1 rows are not UTF-8" in done.out
 
@@ -455,7 +455,7 @@ def test_the_command_ends_with_status_2_and_one_line(sst2):
 
 def test_a_fault_of_our_own_keeps_its_traceback(sst2, monkeypatch):
     """Only a UserError is made into a line."""
-    monkeypatch.setattr("distillation.jobs.make_features", lambda *_: 1 / 0)
+    monkeypatch.setattr("distillation.jobs.load_features", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         call(main.main, sst2.flags())
     assert not Path(sst2.model).exists()

@@ -26,6 +26,7 @@ from cases import (
 
 import main
 from data_processing.batching import Padding
+from data_processing.cache import Cache, default_folder
 from distillation import trainer
 from distillation.flags import build_parser
 from distillation.logs import FpsMeter
@@ -191,7 +192,6 @@ def options_of(*flags: str) -> Options:
 def test_flags_have_the_originals_names_and_defaults():
     options = options_of("--task_name", "MNLI")
     expected = {
-        "cache_dir": "",
         "data_url": "",
         "max_seq_length": 64,
         "do_lower_case": None,
@@ -222,6 +222,9 @@ def test_flags_have_the_originals_names_and_defaults():
     }
     assert expected.items() <= dataclasses.asdict(options).items()
     assert options.stage is Stage.INTERMEDIATE
+    assert options.cache == Cache(default_folder(), 20_000_000_000)
+    assert options_of("--task_name", "MNLI", "--cache_dir", "c").cache.folder == Path("c")
+    assert options_of("--task_name", "MNLI", "--cache_dir", "c", "--cache_limit", "0").cache.folder is None
     assert options_of("--task_name", "MNLI", "--wd", "0.3", "-j", "2").weight_decay == 0.3
     assert options_of("--task_name", "MNLI", "-j", "2").workers == 2
     for dynamic in ("dynamic", "-1", "-1.0"):

@@ -8,6 +8,7 @@ from data_processing.batching import Batch, Padding
 from data_processing.tasks import find_task
 from distillation.losses import prediction_loss, uniform_layer_map
 from distillation.stages import FineTuning, IntermediateStage, PredictionStage, TrainingStage, freeze_unused
+from distillation.teacher import Teacher
 from transformer.configuration import BertConfig
 from transformer.heads import TinyBertForSequenceClassification
 from transformer.optimization import BertAdam, decay_groups
@@ -25,7 +26,8 @@ def load(golden: Golden, role: str) -> TinyBertForSequenceClassification:
 
 
 def golden_batch(golden: Golden) -> Batch:
-    return Batch(*golden.inputs(), golden.tensor("feat_label_ids"))
+    labels = golden.tensor("feat_label_ids")
+    return Batch(*golden.inputs(), labels, torch.arange(len(labels)))
 
 
 def check_weights(golden: Golden, prefix: str, weights: dict[str, torch.Tensor]) -> None:
@@ -48,7 +50,7 @@ def test_the_library_trains_both_stages_as_the_original(golden):
     totals = Padding(to_maximum=True, max_seq_length=golden.case["max_seq_length"]).totals(lengths)
     layers = uniform_layer_map(golden.case["student"]["num_hidden_layers"], golden.case["teacher"]["num_hidden_layers"])
 
-    stage = IntermediateStage(teacher, layers, padding_counts=True)
+    stage = IntermediateStage(Teacher(teacher), layers, padding_counts=True)
     freeze_unused(student, stage.unused)
     optimizer = BertAdam(decay_groups(student, 0.01), lr=golden.case["lr_intermediate"], schedule="none")
     for step in range(steps):
@@ -66,7 +68,7 @@ def test_the_library_trains_both_stages_as_the_original(golden):
         loss = prediction_loss(logits_of(student, golden), taught, temperature, totals)
         assert_close(loss.item(), golden.figures[f"pred_loss_T{temperature}"], rtol=LOSSES)
 
-    stage = PredictionStage(teacher, temperature=1.0)
+    stage = PredictionStage(Teacher(teacher), temperature=1.0)
     freeze_unused(student, stage.unused)
     optimizer = BertAdam(decay_groups(student, 0.01), lr=golden.case["lr_prediction"], warmup=0.1, t_total=steps)
     for step in range(steps):
@@ -80,7 +82,8 @@ def test_the_library_trains_both_stages_as_the_original(golden):
 
 
 def every_stage(teacher: TinyBertForSequenceClassification, layers: tuple[int, ...]) -> list[TrainingStage]:
-    return [IntermediateStage(teacher, layers, padding_counts=False), PredictionStage(teacher, 1.0), FineTuning()]
+    asked = Teacher(teacher)
+    return [IntermediateStage(asked, layers, padding_counts=False), PredictionStage(asked, 1.0), FineTuning()]
 
 
 @pytest.mark.parametrize("per_layer", [False, True], ids=["fit_dense", "fit_denses"])

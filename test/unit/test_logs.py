@@ -146,7 +146,7 @@ def test_progress_is_a_line_every_ten_seconds_where_there_is_no_terminal(time, c
         progress = Progress("fine-tuning", total=300)
         for step in range(1, 301):
             time.now += 0.1
-            progress.advance(loss=f"{step}", FPS="7.0")
+            progress.advance(lambda step=step: {"loss": f"{step}", "FPS": "7.0"})
         progress.close()
     assert [record.getMessage() for record in caplog.records] == [
         "fine-tuning: step 100 of 300 (33 %), 20 s left, loss 100, FPS 7.0",

@@ -1,0 +1,113 @@
+"""The frozen teacher as the stages ask it: in every step, or once for each example.
+
+What it says of an example never changes, so where the prediction stage meets examples more than once
+their logits are asked for beforehand, in batches of like length that depend on neither seed nor number
+of processes, and are kept in the cache for the next run.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_processing.batching import Batch, Padding
+from data_processing.cache import digest
+from data_processing.features import Features
+from distillation.device import Process
+from distillation.evaluation import predict
+from distillation.logs import clock
+from distillation.options import Options
+from distillation.precision import Precision
+from transformer.heads import TinyBertForSequenceClassification, TinyBertOutput
+
+logger = logging.getLogger(__name__)
+
+_CACHED_FORM = 1  # raised when what is kept changes its meaning
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A teacher in eval mode.
+
+    model: frozen, on the process's device.
+    remembered: its logits for all examples, [examples, outputs] on the device; None where it is to be asked.
+    """
+
+    model: TinyBertForSequenceClassification
+    remembered: Tensor | None = None
+
+    @torch.no_grad()
+    def logits(self, batch: Batch) -> Tensor:
+        """What it says of a batch: [batch, outputs]."""
+        if self.remembered is not None:
+            return self.remembered[batch.examples]
+        logits = self.model(*batch.inputs, hidden_layers=(), attention_layers=()).logits
+        assert logits is not None  # they were asked for
+        return logits
+
+    @torch.no_grad()
+    def states(self, batch: Batch, hidden_layers: tuple[int, ...], attention_layers: tuple[int, ...]) -> TinyBertOutput:
+        """Its hidden states and attention scores of these layers, no logits."""
+        return self.model(
+            *batch.inputs, hidden_layers=hidden_layers, attention_layers=attention_layers, with_logits=False
+        )
+
+
+def ask_once(
+    model: TinyBertForSequenceClassification,
+    weights: str,
+    features: Features,
+    padding: Padding,
+    options: Options,
+    process: Process,
+    precision: Precision,
+) -> Tensor:
+    """The teacher's logits for every example, [examples, outputs] on the process's device.
+
+    Those of an earlier run are found in the cache.
+
+    Args:
+        model: the teacher, ready to be asked.
+        weights: the digest of its weights as they were before a precision cast them.
+        features: the training set.
+        padding: the run's; here batches are padded to their longest whatever it is.
+        options: the cache, and how many examples it is asked about at a time.
+    """
+    key = digest(
+        version=_CACHED_FORM,
+        weights=weights,
+        config=model.config.to_json(),
+        tokens=np.ascontiguousarray(features.tokens).tobytes(),
+        offsets=np.ascontiguousarray(features.offsets).tobytes(),
+        segments=np.ascontiguousarray(features.first_lengths).tobytes(),
+        batch=[options.eval_batch_size, padding.pad_token_id],
+        precision=precision.name,
+        device=process.device.type,
+        torch=torch.__version__,
+    )
+    known = options.cache.get("teacher_logits", key, ["logits"])
+    # All processes have them, or all ask: a part of the question is each one's.
+    if all(process.gather(known is not None and len(known["logits"]) == len(features))):
+        assert known is not None
+        logger.info("the teacher's answers to %d examples are remembered from an earlier run", len(features))
+        return torch.tensor(known["logits"], device=process.device)
+    begin = time.monotonic()
+    title, padding = "the teacher's answers", replace(padding, to_maximum=False)
+    logits = predict(model, features, padding, options.eval_batch_size, process, precision, title)
+    seconds = time.monotonic() - begin
+    logger.info("the teacher was asked about %d examples, once for all epochs, in %s", len(features), clock(seconds))
+    if process.is_first_of_machine:
+        options.cache.put("teacher_logits", key, {"logits": logits})
+    return torch.from_numpy(logits).to(process.device)
+
+
+def weights_digest(model: TinyBertForSequenceClassification) -> str:
+    """A digest of a model's tensors under their names."""
+    return digest(
+        **{name: tensor.detach().cpu().float().numpy().tobytes() for name, tensor in model.state_dict().items()}
+    )
