@@ -1,0 +1,296 @@
+"""Each task of GLUE from end to end, on rows in its own column form: a teacher, both stages, evaluation, predictions.
+
+What is expected is worked out beside the project's reading, batching and metrics (`glue_rows.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cases import ROOT, Workplace, assert_close, command, edit_weights, linear, read_bin, weights_of
+from glue_rows import FORMS, TEST, TRAIN, Form, Row, inputs_of, logits_of, workplace, write_file
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+
+import task_distill
+from data_processing import tasks
+from distillation.options import Options, parse_options
+from transformer.heads import TinyBertForSequenceClassification
+from transformer.optimization import decay_groups
+
+
+@dataclass
+class Done:
+    """A task's folders after the whole way, and its rows by file."""
+
+    name: str
+    form: Form
+    place: Workplace
+    rows: dict[str, list[Row]]
+
+    def folder(self, name: str) -> Path:
+        return self.place.folder / name
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """The whole way of a task by the commands that a user gives; logs go where they go by default."""
+    folder = tmp_path_factory.mktemp(request.param)
+    place, rows = workplace(folder, request.param)
+    place.output = folder / "output" / request.param
+    if request.param == "QQP":  # its files have rows with too few columns
+        with (place.data / "train.tsv").open("a", encoding="utf-8") as file:
+            file.write("8\n9\trock\na film\tbad\tgood\tdull\tfun\n")
+    common = {"fps_acc_dir": None, "max_seq_length": None, "padding": "longest", "learning_rate": 1e-3}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        taught = {"do_finetune": True, "student_model": None, "output_dir": "taught"}
+        place.run(**common, **taught, num_train_epochs=25, train_batch_size=6)
+        place.teacher = folder / "taught"
+        place.run(**common, output_dir="learned", num_train_epochs=None, train_batch_size=TRAIN)
+        place.student = folder / "learned"
+        both = {"pred_distill": True, "output_dir": "both", "eval_step": 12}
+        place.run(**common, **both, num_train_epochs=None, train_batch_size=1)
+        alone = common | {"teacher_model": None, "eval_batch_size": 4}
+        for model in ("taught", "both"):
+            place.student = folder / model
+            place.run(**alone, do_eval=True, output_dir=f"judged_{model}")
+        place.student = folder / "taught"  # whose predictions differ from row to row
+        place.run(**alone, do_predict=True, output_dir="predicted")
+    return Done(request.param, FORMS[request.param], place, rows)
+
+
+def expected_metrics(form: Form, logits: np.ndarray, rows: Sequence[Row]) -> dict[str, float]:
+    """The task's metrics by their formulas, and the loss."""
+    if not form.labels:
+        scores, wanted = logits[:, 0].astype(float), np.array([float(row.label) for row in rows])
+        pearson = np.corrcoef(scores, wanted)[0, 1]
+        spearman = np.corrcoef(scores.argsort().argsort(), wanted.argsort().argsort())[0, 1]
+        loss = np.square(scores - wanted).mean()
+        return {"pearson": pearson, "spearmanr": spearman, "corr": (pearson + spearman) / 2, "eval_loss": loss}
+    wanted, said = np.array([form.labels.index(row.label) for row in rows]), logits.argmax(axis=1)
+    tp, fp, fn, tn = (int(((said == s) & (wanted == w)).sum()) for s, w in ((1, 1), (1, 0), (0, 1), (0, 0)))
+    acc, f1 = (said == wanted).mean(), 2 * tp / max(1, 2 * tp + fp + fn)
+    mcc = (tp * tn - fp * fn) / max(1, (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)) ** 0.5
+    known = {"acc": acc, "f1": f1, "acc_and_f1": (acc + f1) / 2, "mcc": mcc}
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    loss = -np.log(probabilities[np.arange(len(rows)), wanted]).mean()
+    return {**{name: known[name] for name in form.metrics}, "eval_loss": loss}
+
+
+def read_results(path: Path) -> list[dict[str, float]]:
+    """The values of each evaluation that was appended."""
+    results: list[dict[str, float]] = [{}]
+    for line in path.read_text(encoding="utf-8").splitlines():
+        name, value = line.split(" = ")
+        if name in results[-1]:
+            results.append({})
+        results[-1][name] = float(value)
+    return results
+
+
+def read_predictions(path: Path) -> tuple[str, list[str], list[str]]:
+    """The row of names, the ids and the predictions."""
+    names, *rows = path.read_text(encoding="utf-8").splitlines()
+    ids, values = zip(*(row.split("\t") for row in rows), strict=True)
+    return names, list(ids), list(values)
+
+
+def test_the_stages_take_the_tasks_own_epochs(done: Done) -> None:
+    """The intermediate stage's batch is the whole file: a step is an epoch."""
+    assert [event["steps"] for event in done.place.events("end")] == [25 * 2, done.form.epochs, 3 * TRAIN]
+
+
+def test_the_results_are_the_tasks_metrics(done: Done) -> None:
+    """Of each dev file, one row of which is cut to the task's length; MNLI's second in a folder beside the first's."""
+    for suffix, file in zip(("", "-MM"), done.form.dev_files, strict=False):
+        (found,) = read_results(done.folder(f"judged_taught{suffix}") / "eval_results.txt")
+        logits = logits_of(done.folder("taught"), done.rows[file], done.form.length)
+        assert found.keys() == {*done.form.metrics, "eval_loss"}
+        assert found == pytest.approx(expected_metrics(done.form, logits, done.rows[file]), abs=2e-5)
+    assert done.folder("judged_taught-MM").exists() == (done.name == "MNLI")
+
+
+def test_the_students_checkpoint_is_the_one_that_was_best(done: Done) -> None:
+    """Of the first dev file's evaluations, by the task's own value; evaluating it again gives the same."""
+    evaluations = [event for event in done.place.events("eval") if event["file"] == done.form.dev_files[0]]
+    *trained, _, alone = [event[done.form.chosen_by] for event in evaluations]
+    assert len(trained) == 1 + 3  # fine-tuning's and the prediction stage's
+    *_, prediction = done.place.events("end")
+    assert prediction["best"] == max(trained[1:]) == pytest.approx(alone, abs=1e-4)
+
+
+def test_the_predictions_are_a_submission_to_glue(done: Done) -> None:
+    """Its names, and for each row of the test file its own id and the likeliest label, or the score from 0 to 5."""
+    assert {path.name for path in done.folder("predicted").iterdir()} == set(done.form.submission.values())
+    for file, submission in done.form.submission.items():
+        names, ids, values = read_predictions(done.folder("predicted") / submission)
+        logits = logits_of(done.folder("taught"), done.rows[file], done.form.length)
+        assert names == "index\tprediction"
+        assert ids == [row.id for row in done.rows[file]]
+        assert len(set(values)) > 1  # or the order of the rows would not be seen
+        if done.form.labels:
+            assert values == [done.form.labels[number] for number in logits.argmax(axis=1)]
+        else:
+            assert_close([float(value) for value in values], logits[:, 0].clip(0, 5), atol=6e-4)
+            assert {len(value.split(".")[1]) for value in values} == {3}
+
+
+def test_the_teacher_has_learned_its_task(done: Done) -> None:
+    """So the figures above are of a model that tells rows apart: a constant prediction is worse."""
+    fine_tuning, *_ = done.place.events("end")
+    labels = [row.label for row in done.rows[done.form.dev_files[0]]]
+    share = max(map(labels.count, labels)) / len(labels)
+    assert fine_tuning["best"] > (share if done.form.chosen_by == "acc" else 0.5)
+
+
+def test_the_logs_go_to_the_tasks_folder(done: Done) -> None:
+    """One for each kind of run; the evaluation's lines tell the value that chooses, of each dev file."""
+    names = {"train_teacher_1p.txt", "train_full_1p_1.txt", "train_full_1p_2.txt", "train_eval_1p.txt"}
+    assert names <= {path.name for path in done.place.output.iterdir()}
+    lines = (done.place.output / "train_eval_1p.txt").read_text(encoding="utf-8").splitlines()
+    values = [event[done.form.chosen_by] for event in done.place.events("eval") if "step" not in event]
+    assert len(values) == 2 * len(done.form.dev_files)
+    assert [float(line.rsplit("acc", 1)[1]) for line in lines] == pytest.approx(values, abs=1e-4)
+    predicted = [(event["file"], event["examples"]) for event in done.place.events("predict")]
+    assert predicted == [(file, TEST) for file in done.form.submission]
+
+
+def test_the_models_name_their_labels(done: Done) -> None:
+    """In words where the files write numbers; a regression has one output."""
+    expected = done.form.words or done.form.labels
+    for name in ("taught", "learned", "both"):
+        config = json.loads((done.folder(name) / "config.json").read_text(encoding="utf-8"))
+        assert list(config["id2label"].values()) == list(expected)
+        assert read_bin(done.folder(name))["classifier.weight"].shape[0] == len(expected)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_defaults_hold_where_no_flag_is_given(name: str) -> None:
+    form = FORMS[name]
+    given = ["--num_train_epochs", "7", "--max_seq_length", "99"]
+    cases = [([], form.epochs, form.length), (["--pred_distill"], 3, form.length), (given, 7, 99)]
+    for flags, epochs, length in cases:
+        options = options_of(name.lower(), *flags)
+        assert (options.num_train_epochs, options.max_seq_length) == (epochs, length)
+    assert options_of(name).eval_step == 50
+    assert options_of(name).fps_acc_dir == Path("output") / name
+
+
+def options_of(task: str, *flags: str) -> Options:
+    folders = ["--data_dir", "d", "--teacher_model", "t", "--student_model", "s", "--output_dir", "o"]
+    return parse_options([*folders, "--task_name", task, *flags], task_distill.ENTRY)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_tasks_own_value_chooses_the_checkpoint(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its values are given here: the one that chooses is highest at the second evaluation, the others elsewhere."""
+    form, given = FORMS[name], []
+
+    def compute(*_: np.ndarray) -> dict[str, float]:
+        evaluation = len(given) // len(form.dev_files)
+        first_file = len(given) % len(form.dev_files) == 0
+        given.append(evaluation)
+        chooses, other = (-0.2, -0.1, -0.3)[evaluation], (0.9, 0.1, 0.8)[evaluation]
+        return {name: chooses if name == form.chosen_by and first_file else other for name in form.metrics}
+
+    table = tuple(
+        dataclasses.replace(task, metric=dataclasses.replace(task.metric, compute=compute)) for task in tasks.TASKS
+    )
+    monkeypatch.setattr(tasks, "TASKS", table)
+    place, _ = workplace(tmp_path, name)
+    said = place.run(do_finetune=True, student_model=None, train_batch_size=TRAIN, num_train_epochs=3, eval_step=1).out
+    assert f"best {form.chosen_by} -0.1000 ({form.dev_files[0]} chose the checkpoint of step 2)" in said
+    assert place.events("end")[0]["best"] == -0.1
+    results = read_results(place.model / "eval_results.txt")
+    assert [step[form.chosen_by] for step in results] == [-0.2, -0.1, -0.3]
+    assert [step["global_step"] for step in results] == [1, 2, 3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("done", ["MNLI"], indirect=True)
+def test_two_processes_predict_as_one(done: Done) -> None:
+    """Rows in their order, each once, where one process has a row more than the other; batches are cut otherwise."""
+    flags = {"do_predict": True, "student_model": done.folder("taught"), "output_dir": done.folder("predicted_by_two")}
+    flags |= {"max_seq_length": None, "padding": "longest", "eval_batch_size": 3, "device_list": "0,1"}
+    run = command(str(ROOT / "task_distill.py"), *done.place.flags(**flags), cwd=done.place.folder)
+    assert (run.status, run.err) == (0, "")
+    assert (done.place.output / "predict_2p.txt").exists()
+    for submission in done.form.submission.values():
+        alone, shared = (done.folder(name) / submission for name in ("predicted", "predicted_by_two"))
+        assert shared.read_text(encoding="utf-8") == alone.read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def regression(tmp_path: Path) -> tuple[Workplace, list[Row]]:
+    """STS-B, its models with a classifier of one output; it learns the rows in one step and is judged on them."""
+    place, rows = workplace(tmp_path, "STS-B")
+    for folder, hidden in ((place.teacher, 48), (place.student, 32)):
+        edit_weights(folder, lambda weights, h=hidden: weights.update(weights_of(linear("classifier", h, 1))))
+    write_file(place.data / "dev.tsv", FORMS["STS-B"].train, rows["train.tsv"])
+    return place, rows["train.tsv"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "learner", "target"),
+    [
+        ({"pred_distill": True}, "student", "labels"),
+        ({"pred_distill": True, "regression_target": "labels"}, "student", "labels"),
+        ({"pred_distill": True, "regression_target": "teacher"}, "student", "teacher"),
+        ({"do_finetune": True, "student_model": None}, "teacher", "labels"),
+    ],
+    ids=["default", "labels", "teacher", "fine-tuning"],
+)
+def test_a_regression_learns_by_squared_error(
+    regression: tuple[Workplace, list[Row]], flags: dict[str, Any], learner: str, target: str
+) -> None:
+    """The first step's gradient is that of a plain mean over the rows; no temperature divides scores."""
+    place, rows = regression
+    found: list[torch.Tensor] = []
+
+    def keep(optimizer: Optimizer, *_: object) -> None:
+        found.extend(p.grad.clone() for group in optimizer.param_groups for p in group["params"])
+
+    hook = register_optimizer_step_pre_hook(keep)
+    try:
+        place.run(**flags, temperature=3.0, padding="longest")
+    finally:
+        hook.remove()
+
+    model = TinyBertForSequenceClassification.from_pretrained(place.folder / learner)
+    scores = torch.cat([model(*inputs_of(row, place.max_seq_length)).logits[:, 0] for row in rows])
+    labels = torch.tensor([float(row.label) for row in rows])
+    targets = (
+        torch.from_numpy(logits_of(place.teacher, rows, place.max_seq_length)[:, 0]) if target == "teacher" else labels
+    )
+    loss = (scores - targets).square().mean()
+    loss.backward()
+    assert place.series("cls_loss") == [pytest.approx(loss.item(), rel=1e-4)]
+    expected = [p.grad for group in decay_groups(model, 0.01) for p in group["params"] if p.grad is not None]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_close(ours, theirs, atol=1e-5 * float(max(g.abs().max() for g in expected)))
+
+
+def test_a_regressions_eval_loss_is_the_squared_error(regression: tuple[Workplace, list[Row]]) -> None:
+    place, rows = regression
+    place.run(do_eval=True, student_model=place.teacher, padding="longest")
+    labels = [float(row.label) for row in rows]
+    expected = np.square(logits_of(place.teacher, rows, place.max_seq_length)[:, 0] - labels).mean()
+    assert place.events("eval")[0]["eval_loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_scores_are_cut_to_the_tasks_range(regression: tuple[Workplace, list[Row]]) -> None:
+    """GLUE's scores go from 0 to 5."""
+    place, _ = regression
+    for bias, expected in ((-100.0, "0.000"), (100.0, "5.000")):
+        edit_weights(place.teacher, lambda weights, b=bias: weights["classifier.bias"].fill_(b))
+        place.run(do_predict=True, student_model=place.teacher, overwrite_output_dir=True)
+        _, _, values = read_predictions(place.model / "STS-B.tsv")
+        assert values == [expected] * TEST
