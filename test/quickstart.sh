@@ -57,7 +57,7 @@ touch "$dir/made_by_quickstart"
 
 train=("$python" main.py --task_name SST-2 --data_dir "$dir/data" --fps_acc_dir "$dir/output"
     --do_lower_case --max_seq_length "$max_seq_length" --group_by_length --eval_step "$eval_step"
-    --device "${DEVICE:-auto}" --amp --group_by_length --overwrite_output_dir)
+    --device "${DEVICE:-auto}" --amp --cache_dir "$dir/cache" --overwrite_output_dir)
 
 part "data: labelled Rotten Tomatoes snippets in SST-2's form"
 "$python" test/quickstart_data.py --output_dir "$dir/data" \
