@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 _SECONDS_UNTIL_STALE = 24 * 3600.0  # a temporary folder that nobody works on any more
 _TEMPORARY = "making-"
+KINDS = ("features", "teacher_logits")  # of entries: the folders that they lie in
+_ENTRY_NAME = re.compile(f"[0-9a-f]{{32}}|{_TEMPORARY}.*")
 
 
 def default_folder() -> Path | None:
@@ -77,9 +80,10 @@ class Cache:
         entry = self.folder / kind / key
         try:
             arrays = {name: np.load(entry / f"{name}.npy", mmap_mode="r") for name in names}
-            os.utime(entry)
         except (OSError, ValueError, EOFError):
             return None
+        with suppress(OSError):  # another user's
+            os.utime(entry)
         return arrays
 
     def put(self, kind: str, key: str, arrays: Mapping[str, np.ndarray]) -> None:
@@ -88,12 +92,14 @@ class Cache:
             return
         size = sum(array.nbytes for array in arrays.values())
         if size > self.limit:
+            logger.info("%d MB more than --cache_limit allows are not kept for the next run", size / 1e6)
             return
         entry = self.folder / kind / key
         temporary = None
         try:
             entry.parent.mkdir(parents=True, exist_ok=True)
             temporary = tempfile.mkdtemp(prefix=_TEMPORARY, dir=entry.parent)
+            os.chmod(temporary, entry.parent.stat().st_mode)  # mkdtemp lets only its owner in
             for name, array in arrays.items():
                 with open(os.path.join(temporary, f"{name}.npy"), "wb") as file:
                     np.save(file, array, allow_pickle=False)
@@ -115,15 +121,26 @@ class Cache:
         entries = []
         for entry in self.folder.glob("*/*"):
             with suppress(OSError):
+                if not _is_ours(entry):
+                    continue
                 used = entry.stat().st_mtime
-                if entry.name.startswith(_TEMPORARY):
-                    if time.time() - used > _SECONDS_UNTIL_STALE:
-                        shutil.rmtree(entry, ignore_errors=True)
-                elif entry.is_dir():
+                if not entry.name.startswith(_TEMPORARY):
                     entries.append((used, entry, sum(file.stat().st_size for file in entry.iterdir())))
+                elif time.time() - used > _SECONDS_UNTIL_STALE:
+                    shutil.rmtree(entry, ignore_errors=True)
         total = sum(size for _, _, size in entries)
         for _, entry, size in sorted(entries, key=lambda found: found[0]):
             if total <= self.limit or entry == newest:
                 break
             shutil.rmtree(entry, ignore_errors=True)
             total -= size
+
+
+def _is_ours(entry: Path) -> bool:
+    """Whether it is an entry, or the beginning of one, and not something of the user's in the same folder."""
+    return (
+        entry.parent.name in KINDS
+        and bool(_ENTRY_NAME.fullmatch(entry.name))
+        and entry.is_dir()
+        and all(file.suffix == ".npy" and file.is_file() for file in entry.iterdir())
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +63,8 @@ def read_unlabelled(path: Path, task: Task) -> Examples:
     table = _read(path, task, task.test_has_header)
     texts = task.test_text_columns or task.text_columns
     wanted = texts if task.id_column is None else (*texts, task.id_column)
-    rows = _wanted(table, task, [table.index(column) for column in wanted])
+    whole = replace(task, skips_short_rows=False)  # a submission has a prediction for every row
+    rows = _wanted(table, whole, [table.index(column) for column in wanted])
     ids = [str(n) if task.id_column is None else cells[-1].strip() for n, (_, cells) in enumerate(rows)]
     return Examples(_texts(rows, len(texts)), _no_labels(task, len(rows)), ids)
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 
 from data_processing.cache import Cache, digest, file_digest
-from data_processing.examples import Examples, read_examples, read_unlabelled
+from data_processing.examples import Examples, read_examples
 from data_processing.tasks import Task
 from transformer.tokenization import BertTokenizer
 
@@ -47,38 +48,31 @@ class Features:
         return np.diff(self.offsets)
 
 
-def load_features(
-    path: Path, task: Task, tokenizer: BertTokenizer, max_seq_length: int, cache: Cache, labelled: bool = True
-) -> Features:
-    """Reads and tokenizes a file of a task, or finds it tokenized in the cache.
-
-    Args:
-        labelled: whether it is a train or dev file; otherwise a test file.
+def load_features(path: Path, task: Task, tokenizer: BertTokenizer, max_seq_length: int, cache: Cache) -> Features:
+    """Reads and tokenizes a train or dev file of a task, or finds it tokenized in the cache.
 
     Raises:
         UserError: as for `read_examples`.
     """
-    read = read_examples if labelled else read_unlabelled
     try:
         content = file_digest(path)
     except OSError:
-        return make_features(read(path, task), tokenizer, max_seq_length)  # which tells what is wrong with it
+        return make_features(read_examples(path, task), tokenizer, max_seq_length)  # which tells what is wrong with it
     key = digest(
         version=_CACHED_FORM,
         content=content,
         vocabulary=tokenizer.vocabulary_file,
         lower_case=tokenizer.do_lower_case,
-        unicode=unicodedata.unidata_version,
+        libraries=[unicodedata.unidata_version, tokenizers.__version__],
         length=max_seq_length,
-        labelled=labelled,
-        reading=[task.form, task.has_header, task.test_has_header, task.skips_short_rows, task.labels],
-        columns=[task.text_columns, task.label_column, task.test_text_columns],
+        reading=[task.form, task.has_header, task.skips_short_rows, task.labels],
+        columns=[task.text_columns, task.label_column],
     )
     names = [field.name for field in fields(Features)]
     known = cache.get("features", key, names)
     if known is not None:
         return Features(**known)
-    features = make_features(read(path, task), tokenizer, max_seq_length)
+    features = make_features(read_examples(path, task), tokenizer, max_seq_length)
     cache.put("features", key, {name: getattr(features, name) for name in names})
     return features
 

@@ -1,6 +1,6 @@
 """Rows and columns of a text file: tab-separated as GLUE writes it, CSV, or JSON lines.
 
-Knows no task: which columns matter, and what stands in them, is the caller's affair (`features.py`).
+Knows no task: which columns matter, and what stands in them, is the caller's affair (`examples.py`).
 """
 
 from __future__ import annotations

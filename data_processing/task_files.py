@@ -249,7 +249,11 @@ def _meanings(reader: _Reader, labels: tuple[str, ...]) -> tuple[str, ...]:
         return words and len(value) == len(set(value)) == len(labels)
 
     no_words: list[str] = []
-    return tuple(reader.take("meanings", no_words, fits, "a different word for each of the labels"))
+    words = reader.take("meanings", no_words, fits, "a different word for each of the labels")
+    for word, own in zip(words, labels, strict=False):
+        if any(word.lower() == label.lower() != own.lower() for label in labels):
+            raise reader.wrong("meanings", "no label's word to be another label")
+    return tuple(words)
 
 
 def _is_name(value: object) -> bool:

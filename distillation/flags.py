@@ -109,7 +109,9 @@ def _add_folders(parser: argparse.ArgumentParser, entry: Entry) -> None:
         group.add_argument("--data_dir", type=path, help="folder of the task's files (default: that of --task_file)")
     else:
         group.add_argument("--data_dir", required=True, type=path, help="folder of the task's .tsv files")
-    group.add_argument("--teacher_model", type=path, help="folder of config.json, weights and vocab.txt")
+    group.add_argument(
+        "--teacher_model", type=path, help="folder of config.json, weights, and vocab.txt or tokenizer.json"
+    )
     group.add_argument("--student_model", type=path, help="likewise; not needed with --do_finetune")
     group.add_argument("--output_dir", required=True, type=path, help="where the trained model is written")
     group.add_argument(
@@ -199,7 +201,7 @@ def _add_training(parser: argparse.ArgumentParser, entry: Entry) -> None:
     group.add_argument(
         "--teacher_head",
         choices=("relu", "linear"),
-        help="whether the teacher's classifier reads relu(pooled) or pooled (default: what its config says)",
+        help="whether --teacher_model's classifier reads relu(pooled) or pooled (default: what its config says)",
     )
 
 

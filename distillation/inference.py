@@ -143,6 +143,8 @@ def _read_for_prediction(options: Options, name: str) -> Examples:
     task, path = options.task, options.data_dir / name
     if not options.data_dir.is_dir():
         raise UserError(f"{options.data_dir}: no such folder; --data_dir holds the task's files")
+    if not path.exists():
+        raise UserError(f"{path}: not found; --predict_file names another file to predict")
     labelled = (options.data_dir / file for file in (task.train_file, task.augmented_file, *task.dev_files))
     if path.resolve() in (file.resolve() for file in labelled):
         return read_examples(path, task)

@@ -50,7 +50,7 @@ def run(options: Options, process: Process) -> None:
     else:
         _train(options, process)
     if options.data_url and process.is_main:
-        copy_outputs(options.output_dir, options.data_url)
+        copy_outputs(options.output_dir, options.data_url, options.task)
 
 
 def _train(options: Options, process: Process) -> None:
@@ -137,7 +137,8 @@ def _teach(options: Options, process: Process, parts: TrainingParts, log: RunLog
         weights = weights_digest(parts.teacher.model) if asked_once else ""
         teacher = parts.teacher.model.to(process.device)
         precision.prepare_frozen(teacher)
-        for name, judged in dev.judge(teacher, padding, process, precision).items():
+        judged_teacher = {} if options.performance else dev.judge(teacher, padding, process, precision)
+        for name, judged in judged_teacher.items():
             logger.info("the teacher's own %s", shown(name, judged))
             log.record("teacher", file=name, **judged.metrics)
         if asked_once:

@@ -99,7 +99,7 @@ def load_complete(
     if labels is None:
         raise UserError(
             f"{folder}: {use} has no classifier, it is a raw BERT; "
-            "fine-tune it on the task first (main.py --do_finetune, or test/train_teacher_1p.sh)"
+            "fine-tune it on the task first (--do_finetune, or test/train_teacher_1p.sh, test/pipeline.sh)"
         )
     if labels != task.outputs:
         raise UserError(f"{folder}: the classifier of {use} {_mismatch(labels, task)}")

@@ -17,13 +17,14 @@ from transformer.errors import UserError
 from transformer.file_utils import write_together
 
 
+def _beside(folder: Path, task: Task) -> dict[str, Path]:
+    """For each dev file the folder that its metrics are in: FOLDER, and of MNLI's second file FOLDER-MM."""
+    folder = folder.resolve()  # "." has no name that could be added to
+    return {file: folder.parent / (folder.name + s) for file, s in zip(task.dev_files, task.dev_suffixes, strict=True)}
+
+
 def _results_files(output_dir: Path, task: Task) -> dict[str, Path]:
-    """Where the metrics of each dev file go: OUTPUT/eval_results.txt, of MNLI's second OUTPUT-MM/eval_results.txt."""
-    output_dir = output_dir.resolve()  # "." has no name that could be added to
-    return {
-        file: output_dir.with_name(output_dir.name + suffix) / "eval_results.txt"
-        for file, suffix in zip(task.dev_files, task.dev_suffixes, strict=True)
-    }
+    return {file: folder / "eval_results.txt" for file, folder in _beside(output_dir, task).items()}
 
 
 def check_results(output_dir: Path, task: Task) -> None:
@@ -32,7 +33,10 @@ def check_results(output_dir: Path, task: Task) -> None:
     Raises:
         UserError: a folder cannot be made, or a file cannot be appended to.
     """
+    if not output_dir.resolve().name:
+        raise UserError(f"{output_dir}: --output_dir cannot be the root of all folders")
     for path in _results_files(output_dir, task).values():
+        path_of(str(path))
         check_can_make(path.parent, "--output_dir")
         if path.is_dir():
             raise UserError(f"{path}: is a folder where the metrics are to be written")
@@ -125,21 +129,25 @@ def check_copy(options: Options) -> None:
     for source in (options.teacher_model, options.student_model, options.data_dir):
         if source is not None and source.resolve() == target.resolve():
             raise UserError(f"--data_url {target}: is a folder that this run reads from; give another one")
-    if target.exists() and not target.is_dir():
-        raise UserError(f"--data_url {target}: is a file, a folder is needed")
-    check_can_make(target, "--data_url")
-    if not options.overwrite_output_dir and target.is_dir() and any(target.iterdir()):
-        raise UserError(f"--data_url {target}: is not empty; give another folder, or --overwrite_output_dir")
+    for folder in _beside(target, options.task).values():
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--data_url {folder}: is a file, a folder is needed")
+        check_can_make(folder, "--data_url")
+        if not options.overwrite_output_dir and folder.is_dir() and any(folder.iterdir()):
+            raise UserError(f"--data_url {folder}: is not empty; give another folder, or --overwrite_output_dir")
 
 
-def copy_outputs(output_dir: Path, target: str) -> None:
-    """Copies all that is in the output folder into another folder.
+def copy_outputs(output_dir: Path, target: str, task: Task) -> None:
+    """Copies all that is in the output folder into another folder; OUTPUT-MM, where there is one, beside it.
 
     Raises:
         UserError: it cannot be written; what is in the output folder stays.
     """
+    targets = _beside(Path(target), task)
     try:
-        shutil.copytree(output_dir, target, dirs_exist_ok=True)
+        for file, source in _beside(output_dir, task).items():
+            if source.is_dir():
+                shutil.copytree(source, targets[file], dirs_exist_ok=True)
     except (OSError, shutil.Error) as error:
         reason = getattr(error, "strerror", None) or "some files were not copied"
         raise UserError(f"--data_url {target}: cannot be written ({reason}); all is in {output_dir}") from None

@@ -96,11 +96,14 @@ def ask_once(
         assert known is not None
         logger.info("the teacher's answers to %d examples are remembered from an earlier run", len(features))
         return torch.tensor(known["logits"], device=process.device)
+    size = len(features) * model.num_labels * 4 / 1e6
+    where = f"; {size:.1f} MB are kept in {options.cache.folder}" if options.cache.folder else ""
+    logger.info("the teacher is asked about %d examples, once for all epochs%s", len(features), where)
     begin = time.monotonic()
     title, padding = "the teacher's answers", replace(padding, to_maximum=False)
     logits = predict(model, features, padding, options.eval_batch_size, process, precision, title)
     seconds = time.monotonic() - begin
-    logger.info("the teacher was asked about %d examples, once for all epochs, in %s", len(features), clock(seconds))
+    logger.info("the teacher was asked about %d examples in %s", len(features), clock(seconds))
     if process.is_first_of_machine:
         options.cache.put("teacher_logits", key, {"logits": logits})
     return torch.from_numpy(logits).to(process.device)

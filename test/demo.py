@@ -123,7 +123,9 @@ def flags_of(arguments: Sequence[str]) -> argparse.Namespace:
     """
     parser = OneLineParser(prog="demo.py", description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument("--model", type=Path, default=Path("TinyBERT_dir"), help="the student's folder")
-    parser.add_argument("--max_seq_length", type=int, default=64, help="in WordPieces, specials included")
+    parser.add_argument(
+        "--max_seq_length", type=int, help="in WordPieces, specials included (default: the task's, or 64)"
+    )
     parser.add_argument("--do_lower_case", action="store_true", help="set for an uncased model")
     parser.add_argument("--text", action="append", help="a text of your own; may be given several times")
     parser.add_argument("--text_b", action="append", help="the second text of a pair, one for each --text")
@@ -131,7 +133,7 @@ def flags_of(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--task_file", type=Path, help="or the task of your own")
     parser.add_argument("--data_dir", type=Path, help="its data: shows rows of its dev file")
     flags = parser.parse_args(list(arguments))
-    if flags.max_seq_length < 8:
+    if flags.max_seq_length is not None and flags.max_seq_length < 8:
         raise UserError(f"--max_seq_length {flags.max_seq_length}: expected 8 or more")
     if flags.task_name is not None and flags.task_file is not None:
         raise UserError("give only one of --task_name and --task_file")
@@ -151,14 +153,15 @@ def main(arguments: Sequence[str]) -> None:
     task_named, task = task is not None, task or any_task(flags.model)
     lower = choose_case(True if flags.do_lower_case else task.lower_case, (flags.model,))
     loaded = load_complete(flags.model, task, lower)
-    check_lengths(loaded.model.config, flags.model, task, flags.max_seq_length)
+    length = flags.max_seq_length or task.max_seq_length or 64
+    check_lengths(loaded.model.config, flags.model, task, length)
     data_dir = flags.data_dir or (flags.task_file.parent if flags.task_file else None)
     labelled = flags.text is None and data_dir is not None
     if flags.text is None and data_dir is not None:
         examples = dev_rows(task, data_dir)
     else:
         examples = given_texts(flags.text or SENTENCES, flags.text_b, task, task_named)
-    batch = make_batch(examples, loaded, flags.max_seq_length)
+    batch = make_batch(examples, loaded, length)
 
     first = logits_of(loaded, batch)
     for repetition in range(2, REPETITIONS + 1):

@@ -4,14 +4,14 @@
 #     TASK_NAME=RTE bash test/pipeline.sh
 #     TASK_FILE=reviews.json BERT_MODEL=my_bert STUDENT_MODEL=my_student bash test/pipeline.sh --amp --group_by_length
 # What a part has made is kept: run again, after a stop too, it goes on with the first part that is not done. Flags
-# that follow the script's name go to the parts that train (task_distill.py --help).
+# that follow the script's name go to training and evaluation (task_distill.py --help).
 #
 #   TASK_NAME, TASK_FILE  one of them
 #   DATA_DIR              glue_dir/TASK_NAME, or TASK_FILE's folder
 #   BERT_MODEL            bert_base_uncased: what the teacher is made from
 #   TEACHER_MODEL         a teacher that is there already; then none is made
 #   STUDENT_MODEL         general_tinybert
-#   WORK_DIR              pipeline/TASK_NAME: all that is made; folders in it belong to this script
+#   WORK_DIR              pipeline/TASK_NAME (in capitals), or TASK_FILE's name: all that is made; folders in it belong to this script
 #   AUG_TRAIN=1           both stages train on the augmented file
 #   TEACHER_EPOCHS, EPOCHS, PRED_EPOCHS, MAX_SEQ_LENGTH    the task's own where not given
 #   BATCH_SIZE, LEARNING_RATE (of the prediction stage and the teacher), EVAL_STEP, DEVICE, DEVICE_LIST
@@ -24,13 +24,22 @@ fail() {
     exit 2
 }
 
+for flag in "$@"; do
+    case "${flag%%=*}" in
+        --task_name | --task_file | --data_dir | --teacher_model | --student_model | --output_dir | --fps_acc_dir | \
+            --max_seq_length | --device | --device_list | --seed | --aug_train | --do_lower_case | --pred_distill | --do_*)
+            fail "${flag%%=*} is not for all parts: the variables at the head of this script set it" ;;
+    esac
+done
 if [ -n "${TASK_NAME:-}" ] && [ -n "${TASK_FILE:-}" ]; then fail "give only one of TASK_NAME and TASK_FILE"; fi
 if [ -n "${TASK_NAME:-}" ]; then
     name="$TASK_NAME"
-    folder="${name%-mm}" # both of MNLI's sets lie in one folder
+    folder="$name"
+    case "${name,,}" in *-mm) folder="${name::-3}" ;; esac # both of MNLI's sets lie in one folder
     for other in glue_dir/*; do # a task is named in any case
         if [ "${other,,}" = "glue_dir/${folder,,}" ]; then folder="${other#glue_dir/}"; fi
     done
+    name="${name^^}" # one work folder, however the task is written
     task=(--task_name "$TASK_NAME" --data_dir "${DATA_DIR:-glue_dir/$folder}")
 elif [ -n "${TASK_FILE:-}" ]; then
     name="$(basename "${TASK_FILE%.*}")"
@@ -87,8 +96,8 @@ part() {
 evaluate() {
     local role
     for role in teacher student; do
-        "$PYTHON" task_distill.py --do_eval "${runs[@]}" --student_model "$1" --output_dir "$work/evaluation/$role"
-        shift
+        "$PYTHON" task_distill.py --do_eval "${runs[@]}" --student_model "$1" --output_dir "$work/evaluation/$role" "${@:3}"
+        set -- "$2" "$1" "${@:3}"
     done
 }
 
@@ -119,7 +128,7 @@ part student "prediction-layer distillation" \
     "$PYTHON" task_distill.py --pred_distill "${distils[@]}" ${long[@]+"${long[@]}"} \
     --teacher_model "$teacher" --student_model "$work/intermediate" \
     --output_dir "$work/student" --overwrite_output_dir --learning_rate "${LEARNING_RATE:-3e-5}" "$@"
-part evaluation "evaluation of teacher and student" evaluate "$teacher" "$work/student"
+part evaluation "evaluation of teacher and student" evaluate "$teacher" "$work/student" "$@"
 
 echo
 echo "=== the student at work, on rows of the dev file"

@@ -239,18 +239,33 @@ def stated_case(folder: str | Path) -> Case | None:
     vocabulary: a lower-cased one has no capitals.
 
     Raises:
-        UserError: one of the two files is no JSON object, or, where neither of them tells, the
-            vocabulary cannot be read.
+        UserError: one of the two files is no JSON object, or says that accents or ideographs are treated
+            otherwise than here; or, where neither of them tells, the vocabulary cannot be read.
     """
     folder = Path(folder)
-    stated = _read_object(folder / TOKENIZER_CONFIG_NAME).get("do_lower_case")
+    config = _read_object(folder / TOKENIZER_CONFIG_NAME)
+    stated = config.get("do_lower_case")
     if isinstance(stated, bool):
+        _check_characters(folder / TOKENIZER_CONFIG_NAME, config, stated)
         return Case(stated, f"{TOKENIZER_CONFIG_NAME} says so")
     normalizer = _read_object(folder / TOKENIZER_NAME).get("normalizer")
     stated = normalizer.get("lowercase") if isinstance(normalizer, dict) else None
-    if isinstance(stated, bool):
+    if isinstance(normalizer, dict) and isinstance(stated, bool):
+        _check_characters(folder / TOKENIZER_NAME, normalizer, stated)
         return Case(stated, f"{TOKENIZER_NAME} says so")
     return _case_of_tokens(read_vocabulary(vocabulary_path(folder)).ids)
+
+
+def _check_characters(where: Path, settings: Mapping[str, Any], lower: bool) -> None:
+    """Accents go exactly where text is lower-cased, and ideographs are words of their own: other ids otherwise."""
+    if isinstance(settings.get("strip_accents"), bool) and settings["strip_accents"] is not lower:
+        raise UserError(
+            f"{where}: strip_accents is {str(not lower).lower()} while lower-casing is {str(lower).lower()}; "
+            "only tokenizers that strip accents exactly where they lower-case can be used"
+        )
+    for name in ("tokenize_chinese_chars", "handle_chinese_chars"):
+        if settings.get(name) is False:
+            raise UserError(f"{where}: {name} is false; only tokenizers that part ideographs can be used")
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -170,7 +170,7 @@ def rows_of(form: Form, count: int, seed: int) -> list[Row]:
         last = " ".join(["the", *marks, *choose.choices(WORDS, k=choose.randint(1, 6))])
         # A lone quotation mark is a character as any other in these files.
         texts = (f'" {choose.choice(("a", "one"))} story', last) if form.texts == 2 else (f'" {last}',)
-        rows.append(Row(str(100 + 7 * number), label, texts))
+        rows.append(Row(str(100 * seed + 7 * number), label, texts))
     return rows
 
 

@@ -40,8 +40,14 @@ def made(monkeypatch) -> list[Path]:
     return seen
 
 
+def key(number: int) -> str:
+    return f"{number:032x}"
+
+
 def entries(folder: Path) -> list[str]:
-    return sorted(path.name for path in (folder / "kind").iterdir())
+    """What lies there, entries by their numbers."""
+    names = sorted(path.name for path in (folder / "features").iterdir())
+    return [f"key{int(name, 16)}" if len(name) == 32 else name for name in names]
 
 
 def test_features_are_the_same_when_they_are_found_again(tmp_path, made):
@@ -102,22 +108,22 @@ def test_without_a_folder_and_where_it_cannot_be_made_all_works(tmp_path, made, 
 def test_the_folder_stays_within_its_limit_and_what_was_used_last_stays(tmp_path):
     cache = Cache(tmp_path, 3500)
     for number in range(3):
-        cache.put("kind", f"key{number}", {"x": np.zeros(100)})  # 928 bytes each
-        os.utime(tmp_path / "kind" / f"key{number}", (number, number))
-    assert cache.get("kind", "key0", ["x"]) is not None  # used just now
-    cache.put("kind", "key3", {"x": np.zeros(100)})
+        cache.put("features", key(number), {"x": np.zeros(100)})  # 928 bytes each
+        os.utime(tmp_path / "features" / key(number), (number, number))
+    assert cache.get("features", key(0), ["x"]) is not None  # used just now
+    cache.put("features", key(3), {"x": np.zeros(100)})
     assert entries(tmp_path) == ["key0", "key2", "key3"]
-    cache.put("kind", "large", {"x": np.zeros(1000)})
+    cache.put("features", key(9), {"x": np.zeros(1000)})
     assert entries(tmp_path) == ["key0", "key2", "key3"]
 
 
 def test_leftovers_go_once_nobody_can_be_making_them(tmp_path):
     cache = Cache(tmp_path, LARGE)
     for name, age in (("making-old", 48 * 3600), ("making-new", 60)):
-        (tmp_path / "kind" / name).mkdir(parents=True)
-        os.utime(tmp_path / "kind" / name, (time.time() - age,) * 2)
-    cache.put("kind", "key", {"x": np.zeros(3)})
-    assert entries(tmp_path) == ["key", "making-new"]
+        (tmp_path / "features" / name).mkdir(parents=True)
+        os.utime(tmp_path / "features" / name, (time.time() - age,) * 2)
+    cache.put("features", key(7), {"x": np.zeros(3)})
+    assert entries(tmp_path) == ["key7", "making-new"]
 
 
 def test_a_disk_that_is_full_keeps_nothing(tmp_path, monkeypatch, caplog):
@@ -125,7 +131,7 @@ def test_a_disk_that_is_full_keeps_nothing(tmp_path, monkeypatch, caplog):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "save", full)
-    Cache(tmp_path, LARGE).put("kind", "key", {"x": np.zeros(3)})
+    Cache(tmp_path, LARGE).put("features", key(7), {"x": np.zeros(3)})
     assert entries(tmp_path) == []
     assert "No space left on device" in caplog.text
 
@@ -143,3 +149,31 @@ def test_the_folder_is_the_users_own(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/me")
     assert default_folder() == Path("/home/me/.cache/tinybert")
+
+
+def test_what_is_the_users_own_in_the_folder_is_never_removed(tmp_path):
+    own = [
+        tmp_path / "photos/2020/a.jpg",
+        tmp_path / "features/mine/a.npy",
+        tmp_path / f"features/{key(1)}/notes.txt",
+        tmp_path / f"features/{key(2)}/sub/a.npy",
+        tmp_path / f"photos/{key(3)}/a.npy",
+        tmp_path / "features/making-of/film.mp4",
+        tmp_path / f"features/{key(4)}.npy",
+    ]
+    for file in own:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"x" * 5000)
+        os.utime(file.parent, (0, 0))
+    cache = Cache(tmp_path, 1000)
+    for number in (5, 6):
+        cache.put("features", key(number), {"x": np.zeros(100)})
+    assert all(file.is_file() for file in own)
+    assert cache.get("features", key(5), ["x"]) is None
+    assert cache.get("features", key(6), ["x"]) is not None
+
+
+def test_entries_are_for_all_who_may_read_the_folder(tmp_path):
+    (tmp_path / "features").mkdir(mode=0o755)
+    Cache(tmp_path, LARGE).put("features", key(1), {"x": np.zeros(3)})
+    assert (tmp_path / "features" / key(1)).stat().st_mode & 0o777 == 0o755

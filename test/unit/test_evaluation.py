@@ -175,3 +175,20 @@ def test_evaluating_alone_gives_the_figures_of_the_run_that_saved_the_model(task
     assert judged[0]["acc"] == end["best"]
     best = next(event for event in trained if event["acc"] == end["best"])
     assert judged[0]["eval_loss"] == pytest.approx(best["eval_loss"], rel=1e-4)
+
+
+def test_the_root_of_all_folders_is_refused(sst2):
+    told = sst2.fails(do_eval=True, student_model=sst2.teacher, teacher_model=None, output_dir="/")
+    assert told.endswith("/: --output_dir cannot be the root of all folders")
+
+
+def test_both_results_of_mnli_are_copied(mnli):
+    mnli.entry = task_distill
+    mnli.run(do_eval=True, student_model=mnli.teacher, teacher_model=None, data_url=mnli.folder / "copied")
+    for name in ("copied", "copied-MM"):
+        assert "acc = " in (mnli.folder / name / "eval_results.txt").read_text(encoding="utf-8")
+
+
+def test_a_performance_run_does_not_wait_for_the_teachers_own_figures(sst2):
+    sst2.run(performance=True)
+    assert sst2.events("teacher") == []

@@ -76,3 +76,10 @@ def test_many_labels_are_not_all_told(tmp_path):
     of = task(labels=tuple(f"label {number}" for number in range(1000)))
     message = refusal(read_examples, written(tmp_path, "text\tlabel", "x\tother"), of)
     assert message.endswith("label 18, label 19, … in column 2")
+
+
+def test_a_submission_has_every_row(tmp_path):
+    """Short rows of QQP are left out of training; a test file with one would give a submission that lacks it."""
+    path = written(tmp_path, "id\ttext", "0\tx", "1")
+    of = task(text_columns=(1,), label_column=0, skips_short_rows=True)
+    assert "row 3: has 1 column" in refusal(read_unlabelled, path, of)

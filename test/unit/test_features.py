@@ -48,7 +48,7 @@ def test_features_are_the_originals(golden, tmp_path):
     features = make_features(rows, BertTokenizer.from_pretrained(place.teacher), place.max_seq_length)
     batch = Padding(to_maximum=True, max_seq_length=place.max_seq_length).collate(features, np.arange(len(features)))
     figures = golden.figures
-    for tensor, name in zip(batch, ("input_ids", "segment_ids", "input_mask", "label_ids"), strict=True):
+    for tensor, name in zip(batch[:4], ("input_ids", "segment_ids", "input_mask", "label_ids"), strict=True):
         assert np.array_equal(tensor.numpy(), figures[f"feat_{name}"]), name
     assert np.array_equal(features.lengths, figures["feat_seq_lengths"])
 

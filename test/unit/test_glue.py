@@ -286,6 +286,21 @@ def test_a_regressions_eval_loss_is_the_squared_error(regression: tuple[Workplac
     assert place.events("eval")[0]["eval_loss"] == pytest.approx(expected, rel=1e-4)
 
 
+def test_predictions_are_of_as_many_pieces_as_is_asked_for(tmp_path: Path) -> None:
+    """A score shows it: of a long row's 153 words no more than the flag says count, or the task's own length."""
+    place, rows = workplace(tmp_path, "STS-B")
+    classifier = weights_of(linear("classifier", 48, 1)) | {"classifier.bias": torch.tensor([2.5])}
+    edit_weights(place.teacher, lambda weights: weights.update(classifier))
+    written = []
+    for length in (None, 12):
+        flags = {"max_seq_length": length, "student_model": place.teacher, "padding": "longest"}
+        place.run(**flags, do_predict=True, overwrite_output_dir=True)
+        values = [float(value) for value in read_predictions(place.model / "STS-B.tsv")[2]]
+        assert_close(values, logits_of(place.teacher, rows["test.tsv"], length or 128)[:, 0], atol=6e-4)
+        written.append(values)
+    assert abs(written[0][0] - written[1][0]) > 2e-3
+
+
 def test_scores_are_cut_to_the_tasks_range(regression: tuple[Workplace, list[Row]]) -> None:
     """GLUE's scores go from 0 to 5."""
     place, _ = regression

@@ -310,7 +310,7 @@ def test_a_training_step_imports_no_compiler(tmp_path):
 def test_groups_are_checked_as_torch_does():
     first, second = parameters(torch.zeros(2), torch.zeros(2))
     for wrong in ([{"params": [first]}, {"params": [first]}], [first, first], [first * 2], [{"params": [first, 3]}]):
-        with pytest.raises(ValueError, match="parameter stands|no results of others"):
+        with pytest.raises(ValueError, match=r"parameter stands|no results of others"):
             BertAdam(wrong, lr=0.1)
     optimizer = BertAdam([{"params": first, "weight_decay": 0.5}, {"params": [second]}], lr=0.1)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.01]

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ def pipeline(place: Workplace, *flags: str, **settings: object) -> Run:
         "MAX_SEQ_LENGTH": place.max_seq_length,
         "DEVICE": "cpu",
         "OMP_NUM_THREADS": 1,
+        "PYTHON": sys.executable,
         **settings,
     }
     known = {name: str(value) for name, value in values.items() if value is not None}
@@ -122,3 +124,17 @@ def test_a_folder_of_the_users_is_left_alone(sst2):
     done = pipeline(sst2)
     assert (done.status, done.err.count("\n")) == (2, 1)
     assert [path.name for path in work.iterdir()] == ["mine"]
+
+
+def test_a_task_is_named_in_any_case_and_both_of_mnlis_sets_lie_in_one_folder(mnli):
+    done = pipeline(mnli, TASK_NAME="MNLI-MM", DATA_DIR=None)
+    assert done.status == 2
+    assert "glue_dir/MNLI: no such folder" in done.err
+
+
+@pytest.mark.parametrize("flag", ["--max_seq_length", "--device=cpu", "--do_predict", "--output_dir"])
+def test_flags_that_are_not_for_all_parts_are_refused(sst2, flag):
+    done = pipeline(sst2, flag)
+    assert (done.status, done.out, done.err.count("\n")) == (2, "", 1)
+    assert "is not for all parts" in done.err
+    assert not (sst2.folder / "work").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -204,7 +205,7 @@ def test_predictions_are_not_overwritten_unless_that_is_asked_for(told_apart: Wo
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"do_predict": True}, "test.tsv: not found"),
+        ({"do_predict": True}, "test.tsv: not found; --predict_file names another file to predict"),
         ({"do_predict": True, "predict_file": "none.tsv"}, "none.tsv: not found"),
         ({"do_predict": True, "predict_file": "."}, "cannot be read"),
         ({"do_eval": True, "predict_file": "dev.tsv"}, "--predict_file names what --do_predict reads; give both"),
@@ -222,6 +223,36 @@ def test_predictions_are_not_overwritten_unless_that_is_asked_for(told_apart: Wo
 )
 def test_flags_that_do_not_fit_are_refused(place: Workplace, flags: dict[str, Any], message: str) -> None:
     assert message in place.fails(**flags)
+
+
+PREDICT = {"do_predict": True, "predict_file": "dev.tsv"}
+
+
+@pytest.mark.parametrize(
+    ("in_the_way", "flags", "message"),
+    [
+        ("model/eval_results.txt/", {"do_eval": True}, "is a folder where the metrics are to be written"),
+        ("model", {"do_eval": True}, "the folder of --output_dir cannot be made"),
+        ("output/metrics.jsonl/", {"do_eval": True}, "the log cannot be written"),
+        ("model/SST-2-dev.tsv/", PREDICT, "is a folder where the predictions are to be written"),
+        ("model", PREDICT, "the folder of --output_dir cannot be made"),
+        ("output/predict_1p.txt/", PREDICT, "the log cannot be written"),
+    ],
+)
+def test_what_is_in_the_way_is_told_before_the_model_is_asked(
+    place: Workplace, in_the_way: str, flags: dict[str, Any], message: str
+) -> None:
+    path = place.folder / in_the_way
+    path.parent.mkdir(exist_ok=True)
+    path.mkdir() if in_the_way.endswith("/") else path.write_text("mine", encoding="utf-8")
+    assert message in place.fails(**flags, overwrite_output_dir=True)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write every file")
+def test_results_that_may_not_be_written_are_told_before_the_model_is_asked(place: Workplace) -> None:
+    place.model.mkdir()
+    (place.model / "eval_results.txt").touch(mode=0o444)
+    assert "eval_results.txt: cannot be written" in place.fails(do_eval=True)
 
 
 @pytest.mark.parametrize("task", ["CoLA", "mnli-mm", "sts-b", "wnli"])
@@ -260,6 +291,30 @@ def test_what_was_made_is_copied(place: Workplace, flags: dict[str, Any]) -> Non
         place.run(**flags, data_url=target, overwrite_output_dir=True)
         assert contents(target) == contents(place.model)
         assert contents(target)
+
+
+@pytest.mark.parametrize("target", ["copy", "copy/", ".", "../other"])
+def test_mnlis_second_folder_is_copied_beside_the_first(
+    mnli: Workplace, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its OUTPUT-MM holds the metrics of the mismatched dev set."""
+    mnli.entry = task_distill
+    here = mnli.folder / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    mnli.run(do_eval=True, data_url=target)
+    copied = here / target
+    first, second = (mnli.folder / name for name in ("model", "model-MM"))
+    assert contents(copied) == contents(first)
+    assert contents(copied.resolve().with_name(f"{copied.resolve().name}-MM")) == contents(second) != {}
+
+
+def test_mnlis_second_copy_is_looked_at_too(mnli: Workplace) -> None:
+    mnli.entry = task_distill
+    write_rows(mnli.folder / "copy-MM" / "mine.tsv", [["mine"]])
+    assert "copy-MM: is not empty" in mnli.fails(do_eval=True, data_url=mnli.folder / "copy")
+    write_rows(mnli.folder / "other-MM", [["mine"]])
+    assert "other-MM: is a file, a folder is needed" in mnli.fails(do_eval=True, data_url=mnli.folder / "other")
 
 
 def test_a_copy_is_not_overwritten_unless_that_is_asked_for(place: Workplace) -> None:

@@ -373,3 +373,21 @@ def test_transformers_reads_the_case_from_our_tokenizer_config(tmp_path, lower):
     assert special == [0, 1, 2, 3, 4]
     assert len(read) == len(ours)
     assert stated_case(tmp_path) == Case(lower, "tokenizer_config.json says so")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "told"),
+    [
+        ("tokenizer_config.json", {"do_lower_case": True, "strip_accents": False}, "strip_accents is false while"),
+        ("tokenizer_config.json", {"do_lower_case": False, "strip_accents": True}, "strip_accents is true while"),
+        ("tokenizer_config.json", {"do_lower_case": True, "tokenize_chinese_chars": False}, "tokenize_chinese_chars"),
+        ("tokenizer.json", {"normalizer": {"lowercase": True, "strip_accents": False}}, "strip_accents is false while"),
+        ("tokenizer.json", {"normalizer": {"lowercase": True, "handle_chinese_chars": False}}, "handle_chinese_chars"),
+    ],
+)
+def test_tokenizers_that_treat_characters_otherwise_are_refused(tmp_path, file, content, told):
+    """Also beside a vocab.txt, whose ids would be other ones than the model has learned."""
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\nfilm\n")
+    (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=told):
+        stated_case(tmp_path)
