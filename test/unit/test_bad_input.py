@@ -189,7 +189,7 @@ MODELS = {
     "a raw BERT as a teacher": (
         weights("teacher", without_heads),
         {},
-        "teacher: the teacher has no classifier, it is a raw BERT; fine-tune it on the task first (main.py",
+        "teacher: the teacher has no classifier, it is a raw BERT; fine-tune it on the task first (--do_finetune",
     ),
     "a bare encoder as a teacher": (
         weights("teacher", bare),

@@ -189,7 +189,7 @@ def options_of(task: str, *flags: str) -> Options:
     return parse_options([*folders, "--task_name", task, *flags], task_distill.ENTRY)
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", ["CoLA", "MNLI", "MRPC", "STS-B", "QQP"])
 def test_the_tasks_own_value_chooses_the_checkpoint(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its values are given here: the one that chooses is highest at the second evaluation, the others elsewhere."""
     form, given = FORMS[name], []
