@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -248,11 +249,28 @@ def test_what_is_in_the_way_is_told_before_the_model_is_asked(
     assert message in place.fails(**flags, overwrite_output_dir=True)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write every file")
-def test_results_that_may_not_be_written_are_told_before_the_model_is_asked(place: Workplace) -> None:
-    place.model.mkdir()
-    (place.model / "eval_results.txt").touch(mode=0o444)
-    assert "eval_results.txt: cannot be written" in place.fails(do_eval=True)
+@pytest.fixture
+def nobodys_place() -> Iterator[Workplace]:
+    """A workplace that anybody may write to; root, who may write every file, is nobody while it is used."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Golden("sst2_small").workplace(Path(folder))
+        place.entry = task_distill
+        place.model.mkdir()
+        for path in (place.folder, place.model):
+            path.chmod(0o777)
+        (place.model / "eval_results.txt").touch(mode=0o444)
+        if os.geteuid() != 0:
+            yield place
+            return
+        os.setresuid(65534, 65534, 0)
+        try:
+            yield place
+        finally:
+            os.setresuid(0, 0, 0)
+
+
+def test_results_that_may_not_be_written_are_told_before_the_model_is_asked(nobodys_place: Workplace) -> None:
+    assert "eval_results.txt: cannot be written" in nobodys_place.fails(do_eval=True)
 
 
 @pytest.mark.parametrize("task", ["CoLA", "mnli-mm", "sts-b", "wnli"])
