@@ -99,7 +99,9 @@ class BertConfig:
         if values.get("model_type", "bert") != "bert":
             raise UserError(f"{source}: model_type is {values['model_type']!r}; only 'bert' models can be used")
         values.pop("model_type", None)
-        for name in ("label2id", "num_labels", "finetuning_task"):  # id2label says it, and it may change
+        # What id2label says, and it may change; and the type of the weights that were read, not of those that are
+        # written: `transformers` would load ours in it.
+        for name in ("label2id", "num_labels", "finetuning_task", "dtype", "torch_dtype"):
             values.pop(name, None)
         if values.get("pad_token_id", 0) is None:
             values.pop("pad_token_id")

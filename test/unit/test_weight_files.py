@@ -426,3 +426,10 @@ def test_a_model_killed_while_it_is_saved_again_and_again_is_whole(folder):
         seen |= values
         assert BertTokenizer.from_pretrained(folder).vocab == tokenizer.vocab
     assert len(seen) > 1, "no saving was ever finished, so the test would show nothing"
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_the_type_of_the_weights_that_were_read_is_not_said_of_those_that_are_written(key):
+    """`transformers` would load fp32 weights in it."""
+    assert key not in BertConfig.from_dict({key: "float16", "other": 1}).to_dict()
+    assert BertConfig.from_dict({key: "float16", "other": 1}).to_dict()["other"] == 1
