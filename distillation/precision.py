@@ -83,7 +83,7 @@ class Precision:
         """Moves the weights unless a gradient is not finite; returns a scalar on the device, 1 where it did not."""
         norms = gradient_norms(optimizer.gradients())
         skipped = (~torch.stack(norms).isfinite().all()).float()
-        optimizer.step(norms=norms, skip=skipped)
+        optimizer.step(norms=norms, grad_scale=self.scale, skip=skipped)
         return skipped
 
     def _counted(self, moved: bool) -> bool:
@@ -164,9 +164,7 @@ class TorchMixedPrecision(Precision):
 
     def step_unseen(self, optimizer: BertAdam) -> Tensor:
         self._move_gradients()
-        norms = gradient_norms(optimizer.gradients())
-        skipped = (~torch.stack(norms).isfinite().all()).float()
-        optimizer.step(norms=norms, grad_scale=self._scale, skip=skipped)
+        skipped = super().step_unseen(optimizer)
         self._copy_masters()
         return skipped
 
