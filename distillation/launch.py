@@ -62,7 +62,21 @@ def run_entry(prog: str, entry: Callable[[Sequence[str]], None]) -> int:
     except RunFailed as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 1
+    if _under_torchrun():
+        leave()
     return 0
+
+
+def leave(status: int = 0) -> NoReturn:
+    """Ends this process, which took part in a group of processes, at once, what it printed flushed.
+
+    Python's own end takes the interpreter down while gloo's threads still run, for what holds the model holds
+    the group too. One that then lets go of the tensors of its last exchange calls std::terminate: a SIGABRT
+    after all work is done.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def launch(options: Options) -> None:
@@ -161,6 +175,7 @@ def _run_as_child(options: Options, kind: str, rank: int, threads: int, port: in
         distributed.init_process_group(BACKENDS[kind], store=store, rank=rank, world_size=process.world_size)
         jobs.run(options, process)
         distributed.destroy_process_group()
+        leave()
     except UserError as error:
         _fail(report, Report(True, str(error)), USER_ERROR_STATUS)
     except BaseException:
@@ -170,8 +185,7 @@ def _run_as_child(options: Options, kind: str, rank: int, threads: int, port: in
 def _fail(report: Connection, content: Report, status: int) -> NoReturn:
     """Reports and ends at once: peers wait for this process, so nothing here may wait for them."""
     report.send(content)
-    sys.stdout.flush()
-    os._exit(status)
+    leave(status)
 
 
 def _end_with_parent() -> None:

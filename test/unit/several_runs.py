@@ -20,6 +20,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 import main
 from distillation import jobs
 from distillation.device import Process
+from distillation.launch import leave
 from distillation.options import parse_options
 
 
@@ -49,3 +50,4 @@ if __name__ == "__main__":
     run_all(told, Process(torch.device("cpu"), rank, world_size))
     if world_size > 1:
         distributed.destroy_process_group()
+        leave()
