@@ -23,7 +23,15 @@ import torch
 from torch import distributed
 
 from distillation import jobs
-from distillation.device import BACKENDS, Process, check_ids, choose_device, open_device, share_cores
+from distillation.device import (
+    BACKENDS,
+    Process,
+    check_ids,
+    choose_device,
+    keep_freed_memory,
+    open_device,
+    share_cores,
+)
 from distillation.logs import show_messages
 from distillation.options import Options
 from transformer.errors import UserError
@@ -53,6 +61,7 @@ def run_entry(prog: str, entry: Callable[[Sequence[str]], None]) -> int:
     this project and keeps its traceback.
     """
     show_messages(enabled=not _under_torchrun() or os.environ["RANK"] == "0")
+    keep_freed_memory()
     try:
         entry(sys.argv[1:])
     except UserError as error:
@@ -166,6 +175,7 @@ def _run_as_child(options: Options, kind: str, rank: int, threads: int, port: in
     threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C reaches the parent too, which ends its children
     show_messages(enabled=rank == 0)
+    keep_freed_memory()
     try:
         torch.set_num_threads(threads)
         if kind == "cpu" and sys.platform == "linux":

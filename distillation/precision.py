@@ -117,10 +117,11 @@ class TorchMixedPrecision(Precision):
         super().__init__()
         self._device, self._dtype, self._level = device, dtype, level
         self.name = f"{str(dtype).removeprefix('torch.')}-{level}"
-        # bf16 has fp32's range: a loss scale changes nothing, and what overflows is no overflow of half precision.
+        # bf16 has fp32's range: a static loss scale would change nothing but cost a pass over all gradients, and
+        # what overflows is no overflow of half precision.
         self.waits = loss_scale is None or dtype == torch.float16
         self.dynamic = loss_scale is None
-        self._scale = _FIRST_DYNAMIC_SCALE if loss_scale is None else loss_scale
+        self._scale = _FIRST_DYNAMIC_SCALE if loss_scale is None else loss_scale if self.waits else 1.0
         self._steps_since_overflow = 0
         self._masters: dict[Tensor, Tensor] = {}  # parameter in half precision -> its value in fp32
 

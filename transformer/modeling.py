@@ -120,10 +120,20 @@ class BertSelfAttention(nn.Module):
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = Dropout(config.attention_probs_dropout_prob)
 
-    def forward(self, hidden: Tensor, mask: Tensor, with_scores: bool = True) -> tuple[Tensor, Tensor | None]:
-        """Returns the context [batch, length, hidden] and, where wanted, the scores [batch, heads, query, key]."""
+    def forward(
+        self, hidden: Tensor, mask: Tensor, with_scores: bool = True, queries: int | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns the context [batch, query, hidden] and, where wanted, the scores [batch, heads, query, key].
+
+        Args:
+            hidden: [batch, length, hidden].
+            mask: what is added to the scores, [batch, 1, 1, key].
+            with_scores: whether the scores are wanted.
+            queries: how many tokens, from the first, ask; None for all.
+        """
         hidden = _as_autocast_would(hidden)  # once, not for each of the three
-        query, key, value = (self._split(linear(hidden)) for linear in (self.query, self.key, self.value))
+        query = self._split(self.query(hidden[:, :queries]))
+        key, value = (self._split(linear(hidden)) for linear in (self.key, self.value))
         if not with_scores and _has_fused_attention(query.device):
             dropped = self.dropout.p if self.training else 0.0
             context = functional.scaled_dot_product_attention(query, key, value, mask.to(query.dtype), dropped)
@@ -177,9 +187,11 @@ class BertAttention(nn.Module):
         self.self = BertSelfAttention(config)
         self.output = ResidualOutput(config, config.hidden_size)
 
-    def forward(self, hidden: Tensor, mask: Tensor, with_scores: bool = True) -> tuple[Tensor, Tensor | None]:
-        context, scores = self.self(hidden, mask, with_scores)
-        return self.output(context, hidden), scores
+    def forward(
+        self, hidden: Tensor, mask: Tensor, with_scores: bool = True, queries: int | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        context, scores = self.self(hidden, mask, with_scores, queries)
+        return self.output(context, hidden[:, :queries]), scores
 
 
 class BertIntermediate(nn.Module):
@@ -203,8 +215,11 @@ class BertLayer(nn.Module):
         self.intermediate = BertIntermediate(config)
         self.output = ResidualOutput(config, config.intermediate_size)
 
-    def forward(self, hidden: Tensor, mask: Tensor, with_scores: bool = True) -> tuple[Tensor, Tensor | None]:
-        attended, scores = self.attention(hidden, mask, with_scores)
+    def forward(
+        self, hidden: Tensor, mask: Tensor, with_scores: bool = True, queries: int | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The next state of the first `queries` tokens (None: of all), which see all; scores as wanted."""
+        attended, scores = self.attention(hidden, mask, with_scores, queries)
         return self.output(self.intermediate(attended), attended), scores
 
 
@@ -218,11 +233,16 @@ class BertEncoder(nn.Module):
     def forward(
         self, hidden: Tensor, mask: Tensor, hidden_layers: Sequence[int], attention_layers: Sequence[int], depth: int
     ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Runs the first `depth` layers; returns the last state and the states and scores asked for."""
+        """Runs the first `depth` layers; returns the last state and the states and scores asked for.
+
+        Where nothing of the deepest layer is asked for, the last state is that of the first token alone,
+        [batch, 1, hidden]: a pooler reads no other, and the layer costs a fraction.
+        """
         states: dict[int, Tensor] = {0: hidden}
         scores: dict[int, Tensor] = {}
         for number, layer in enumerate(self.layer[:depth], start=1):
-            hidden, layer_scores = layer(hidden, mask, number in attention_layers)
+            wanted = number < depth or number in hidden_layers or number in attention_layers
+            hidden, layer_scores = layer(hidden, mask, number in attention_layers, None if wanted else 1)
             if number in hidden_layers:
                 states[number] = hidden
             if number in attention_layers:

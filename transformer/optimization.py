@@ -8,8 +8,8 @@ gradients, skip steps or look for infinities: that is mixed precision's work.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -156,7 +156,7 @@ class BertAdam(Optimizer):
         Args:
             closure: evaluates the model anew and returns the loss; its gradients are then used.
             norms: the L2 norm of each of `gradients()`, where they are known already.
-            grad_scale: what the gradients were multiplied by (a loss scale).
+            grad_scale: what the gradients were multiplied by (a loss scale). They may be divided in place.
             skip: a scalar in fp32 on the parameters' device; where it is 1 no tensor moves, though the step
                 is counted. So the device need not be waited for to know whether a gradient is finite.
 
@@ -169,21 +169,19 @@ class BertAdam(Optimizer):
                 loss = closure()
         known = iter(norms if norms is not None else gradient_norms(self.gradients()))
         for group in self.param_groups:
+            together: dict[tuple[int, torch.device], list[_Part]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._move(parameter, parameter.grad, next(known), grad_scale, group, skip)
+                    state = self._state_of(parameter)
+                    part = _Part(parameter, parameter.grad, state["next_m"], state["next_v"], next(known))
+                    together.setdefault((state["step"], parameter.device), []).append(part)
+                    state["step"] += 1
+            for (step, _), parts in together.items():
+                _move(parts, self.rate(group, step), group, grad_scale, skip)
         self.steps_taken += 1
         return loss
 
-    def _move(
-        self,
-        parameter: Tensor,
-        gradient: Tensor,
-        norm: Tensor,
-        grad_scale: float,
-        group: dict[str, Any],
-        skip: Tensor | None,
-    ) -> None:
+    def _state_of(self, parameter: Tensor) -> dict[str, Any]:
         state = self.state[parameter]
         if not state:
             state["step"] = 0
@@ -191,14 +189,35 @@ class BertAdam(Optimizer):
             exact = torch.promote_types(parameter.dtype, torch.float32)
             state["next_m"] = torch.zeros_like(parameter, dtype=exact, memory_format=torch.contiguous_format)
             state["next_v"] = torch.zeros_like(parameter, dtype=exact, memory_format=torch.contiguous_format)
-        divisor = torch.full_like(norm, grad_scale)
-        if group["max_grad_norm"] > 0:
-            # torch's clip_grad_norm_ of a single tensor: the 1e-6 is part of the known figures.
-            divisor *= ((norm / grad_scale + 1e-6) / group["max_grad_norm"]).clamp(min=1.0)
-        tensors = parameter, gradient, state["next_m"], state["next_v"]
-        move = _move_fused if _can_fuse(tensors) else _move_plainly
-        move(*tensors, divisor, self.rate(group, state["step"]), group, skip)
-        state["step"] += 1
+        return state
+
+
+class _Part(NamedTuple):
+    """A tensor that moves, and what it moves by."""
+
+    weights: Tensor
+    gradient: Tensor
+    mean: Tensor
+    variance: Tensor
+    norm: Tensor  # the gradient's, a scalar
+
+
+def _move(
+    parts: Sequence[_Part], rate: float, group: Mapping[str, Any], grad_scale: float, skip: Tensor | None
+) -> None:
+    """A step of tensors that share a device and a rate."""
+    norms = torch.stack([part.norm for part in parts])
+    divisors = torch.full_like(norms, grad_scale)
+    if group["max_grad_norm"] > 0:
+        # torch's clip_grad_norm_ of a single tensor: the 1e-6 is part of the known figures.
+        divisors *= ((norms / grad_scale + 1e-6) / group["max_grad_norm"]).clamp(min=1.0)
+    divided = list(zip(parts, divisors.unbind(), strict=True))
+    fused = [(part, divisor) for part, divisor in divided if _can_fuse(part)]
+    if fused:
+        _move_fused(fused, rate, group, skip)
+    for part, divisor in divided:
+        if not _can_fuse(part):
+            _move_plainly(part, divisor, rate, group, skip)
 
 
 def gradient_norms(gradients: Sequence[Tensor]) -> list[Tensor]:
@@ -206,19 +225,11 @@ def gradient_norms(gradients: Sequence[Tensor]) -> list[Tensor]:
     return list(torch._foreach_norm(list(gradients), 2, dtype=torch.float32))
 
 
-def _move_plainly(
-    weights: Tensor,
-    gradient: Tensor,
-    mean: Tensor,
-    variance: Tensor,
-    divisor: Tensor,
-    rate: float,
-    group: dict[str, Any],
-    skip: Tensor | None,
-) -> None:
+def _move_plainly(part: _Part, divisor: Tensor, rate: float, group: Mapping[str, Any], skip: Tensor | None) -> None:
     """One tensor's step, in torch's own operations: for any device and type, and what `_move_fused` must equal."""
     if skip is not None and bool(skip):
         return
+    weights, gradient, mean, variance, _ = part
     gradient = gradient.to(mean.dtype) / divisor
     mean.mul_(group["b1"]).add_(gradient, alpha=1 - group["b1"])
     variance.mul_(group["b2"]).addcmul_(gradient, gradient, value=1 - group["b2"])
@@ -228,32 +239,33 @@ def _move_plainly(
     weights.add_(update, alpha=-rate)
 
 
-def _can_fuse(tensors: Sequence[Tensor]) -> bool:
+def _can_fuse(part: _Part) -> bool:
     """Whether torch's fused AdamW takes these: fp32, in one piece, on a CPU or a GPU."""
     return all(
         tensor.dtype == torch.float32 and tensor.device.type in ("cpu", "cuda") and tensor.is_contiguous()
-        for tensor in tensors
+        for tensor in part[:4]
     )
 
 
 def _move_fused(
-    weights: Tensor,
-    gradient: Tensor,
-    mean: Tensor,
-    variance: Tensor,
-    divisor: Tensor,
-    rate: float,
-    group: dict[str, Any],
-    skip: Tensor | None,
+    divided: Sequence[tuple[_Part, Tensor]], rate: float, group: Mapping[str, Any], skip: Tensor | None
 ) -> None:
-    """One tensor's step in a single pass over memory: torch's AdamW at a step so late that it corrects no bias."""
+    """A step of all of them in a single pass: torch's AdamW at a step so late that it corrects no bias."""
+    device = divided[0][0].weights.device
+    if device.type == "cpu":  # where it costs nothing to see which are to be divided
+        clipped = [(part, divisor) for part, divisor in divided if float(divisor) != 1.0]
+    else:
+        clipped = list(divided)
+    if clipped:
+        torch._foreach_div_([part.gradient for part, _ in clipped], [divisor for _, divisor in clipped])
+    late = torch.full((), _LATE, device=device)
     torch._fused_adamw_(
-        [weights],
-        [gradient],
-        [mean],
-        [variance],
+        [part.weights for part, _ in divided],
+        [part.gradient for part, _ in divided],
+        [part.mean for part, _ in divided],
+        [part.variance for part, _ in divided],
         [],
-        [torch.full((), _LATE, device=weights.device)],
+        [late] * len(divided),
         lr=rate,
         beta1=group["b1"],
         beta2=group["b2"],
@@ -261,8 +273,6 @@ def _move_fused(
         eps=group["e"],
         amsgrad=False,
         maximize=False,
-        # On a CPU it costs nothing to see that there is nothing to divide by, and a pass to divide by 1.
-        grad_scale=None if weights.device.type == "cpu" and float(divisor) == 1.0 else divisor,
         found_inf=skip,
     )
 

@@ -6,6 +6,7 @@ The stand-in (`stand_in_npu.py`) computes on the CPU, so weights must equal thos
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,23 @@ def test_auto_prefers_the_npu(place: Workplace) -> None:
     done = command(str(STAND_IN), str(log), *place.flags(device="auto", do_eval=True), cwd=place.folder)
     assert done.status == 0, done.err
     assert (place.output / "train_eval_1p.txt").read_text(encoding="utf-8").startswith("[NPU:0]")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library has no such settings")
+@pytest.mark.parametrize(("environment", "kept"), [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "131072"}, False)])
+def test_memory_that_tensors_free_is_kept_for_the_next_ones(
+    tmp_path: Path, environment: dict[str, str], kept: bool
+) -> None:
+    """Told by page faults: a tensor of 100 MB that is made anew needs none. A user's own settings go first."""
+    program = (
+        "import resource, torch\n"
+        "from distillation.device import keep_freed_memory\n"
+        "keep_freed_memory()\n"
+        "for _ in range(3):\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    torch.ones(25_000_000)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
+    )
+    done = command("-c", program, cwd=tmp_path, **environment)
+    assert done.status == 0, done.err
+    assert (int(done.out) < 100) is kept

@@ -158,7 +158,7 @@ def test_the_layers_asked_for_are_the_same_tensors_as_among_all(hidden_layers, a
             for layer, scores in zip(attention_layers, some.attention_scores, strict=True):
                 assert torch.equal(scores, every.attention_scores[layer - 1])
             if with_logits:
-                assert torch.equal(some.logits, every.logits)
+                assert_close(some.logits, every.logits, atol=1e-6)  # the last layer may be that of one token alone
             else:
                 assert some.logits is None
 
@@ -175,6 +175,29 @@ def test_no_layer_is_computed_that_nobody_asked_for(hidden_layers, attention_lay
     model.bert.pooler.register_forward_hook(lambda *_: computed.append("pooler"))
     model(*inputs(), hidden_layers=hidden_layers, attention_layers=attention_layers, with_logits=with_logits)
     assert computed == [*range(depth), *(["pooler"] if with_logits else [])]
+
+
+@pytest.mark.parametrize(
+    ("hidden_layers", "attention_layers", "with_logits", "tokens"),
+    [
+        ((), (), True, 1),
+        ((0, 2), (2,), True, 1),
+        ((3,), (), True, None),
+        ((), (3,), True, None),
+        ((), (3,), False, None),
+    ],
+)
+def test_of_a_last_layer_that_only_the_pooler_reads_one_token_is_computed(
+    hidden_layers, attention_layers, with_logits, tokens
+):
+    model = classifier()
+    shapes = []
+    for layer in model.bert.encoder.layer:
+        layer.register_forward_hook(lambda _, __, output: shapes.append(output[0].shape[1]))
+        layer.intermediate.register_forward_hook(lambda _, __, output: shapes.append(output.shape[1]))
+    model(*inputs(), hidden_layers=hidden_layers, attention_layers=attention_layers, with_logits=with_logits)
+    length = inputs()[0].shape[1]
+    assert shapes == [length] * 4 + [tokens or length] * 2
 
 
 def test_each_layer_has_its_own_projection_where_the_checkpoint_has():

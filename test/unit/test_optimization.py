@@ -8,7 +8,7 @@ from cases import assert_close, command
 from torch import Tensor, nn
 
 from transformer.modeling import LayerNorm
-from transformer.optimization import SCHEDULES, BertAdam, decay_groups, gradient_norms
+from transformer.optimization import SCHEDULES, BertAdam, decay_groups, gradient_norms, warmup_linear
 
 
 class Reference:
@@ -272,6 +272,24 @@ def test_the_fused_step_equals_the_plain_one(monkeypatch, scale, decay):
     run(BertAdam(plain, lr=0.1, schedule="none", weight_decay=decay), plain, steps)
     for one, other in zip(fused, plain, strict=True):
         assert_close(one.detach(), other.detach(), atol=1e-6, rtol=1e-6)
+
+
+def test_tensors_of_any_norm_and_age_move_together():
+    """Some are clipped and some not; one has its first gradient late, so that its rate is another."""
+    tensors = random_tensors(*SHAPES)
+    rates = [0.05 * warmup_linear(step / 6, 0.5) for step in range(6)]
+    reference = Reference(tensors, lambda count: rates[count], weight_decay=0.1)
+    own = parameters(*tensors)
+    optimizer = BertAdam(own, lr=0.05, warmup=0.5, t_total=6, weight_decay=0.1)
+    scales = (1e-4, 10.0, 1e-3, 1e-3, 3.0)
+    for number in range(5):
+        gradients = [random_tensors(shape, scale=s, seed=number)[0] for shape, s in zip(SHAPES, scales, strict=True)]
+        if number < 2:
+            gradients[2] = None
+        reference.step(gradients)
+        run(optimizer, own, [gradients])
+    for one, value in zip(own, reference.values, strict=True):
+        assert_close(one.detach(), value, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fused", "plain"])

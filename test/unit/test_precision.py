@@ -483,3 +483,12 @@ def test_fp32_says_nothing_about_precision(caplog):
     with caplog.at_level(logging.INFO):
         choose_precision(CPU, False, "O1", 128.0)
     assert caplog.records == []
+
+
+@pytest.mark.parametrize(
+    ("dtype", "given", "scale"),
+    [(torch.bfloat16, 128.0, 1.0), (torch.bfloat16, None, 2.0**16), (torch.float16, 128.0, 128.0)],
+)
+def test_a_static_loss_scale_is_for_fp16(dtype, given, scale):
+    """bf16 has fp32's range: there it would only cost a pass over all gradients."""
+    assert TorchMixedPrecision(torch.device("cpu"), dtype, "O1", given).scale == scale
