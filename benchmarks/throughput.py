@@ -1,39 +1,70 @@
 """Command: how many examples a second both stages train, beside the settings of the original implementation.
 
-    python benchmarks/throughput.py --data_dir glue_dir/SST-2
-    python benchmarks/throughput.py --data_dir glue_dir/SST-2 --reference_revision c25c186 --steps 40
+    python benchmarks/throughput.py --data_dir glue_dir/SST-2 --vocabulary general_tinybert
+    python benchmarks/throughput.py ... --reference_revision c25c186 --steps 40 --repeat 3
+    python benchmarks/throughput.py ... --lengths 16,32,64,128     # how the cost grows with the length of the texts
+    python benchmarks/throughput.py ... --processes 1,2            # how much faster several processes are
 
 Lengths come from real text, weights are random: BERT-base teaches TinyBERT4, batch 32, maximum length 64. Every
-row is a run of main.py with other flags, in a process of its own, on the same rows of train.tsv. The reference pads
+row is a run of main.py with other flags, in a process of its own, on rows of the same train.tsv. The reference pads
 to 64, computes in fp32, in random order, and asks the teacher in every step; with --reference_revision it is
-that revision's main.py. Compare ratios of one run: machines are shared and differ from day to day.
+that revision's main.py. Rows "alone" change one switch of the reference settings, rows "together" one after the other.
+
+FPS are those of main.py's log; of a run of two epochs those of the second, the first and the asking of the teacher
+being told apart. Tokens are those of the texts, [CLS] and [SEP] included and padding left out. The percentages are the
+parts of a step's time (benchmarks/timed_run.py; student: its forward and the loss). On an accelerator they come
+from a short run beside the one that is measured, which they would slow down. Compare ratios of one run: machines are
+shared and differ from day to day. --repeat takes the whole table several times in turn and ends with the medians.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
+import math
+import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import ROOT, machine, make_data, make_models
-from distillation.flags import OneLineParser, path
+import main as product
+from benchmarks.common import (
+    ASK,
+    REFERENCE,
+    ROOT,
+    STAGES,
+    Finished,
+    add_run_flags,
+    build_parser,
+    machine,
+    make_data,
+    make_models,
+    numbers,
+    run_main,
+    stage_flags,
+    threads,
+)
+from benchmarks.timed_run import STEP_PARTS, shares
+from data_processing.cache import Cache
+from data_processing.features import load_features
+from data_processing.tasks import find_task
+from distillation.device import choose_device
+from distillation.flags import build_parser as build_main_parser
 from distillation.launch import run_entry
 from transformer.errors import UserError
+from transformer.tokenization import BertTokenizer
 
-REFERENCE = ["--padding", "max_length"]
-ASK = ["--ask_teacher_always"]
-LONGEST = ["--padding", "longest"]
-GROUPED = [*LONGEST, "--group_by_length"]
-FAST = [*GROUPED, "--amp"]
+LONGEST = ("--padding", "longest")
+GROUPED = (*LONGEST, "--group_by_length")
+FAST = (*GROUPED, "--amp")
+KEEP = ("--keep_teacher_states",)
+BATCH = 32
+Line = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -41,59 +72,207 @@ class Row:
     """A line of the table: a run of main.py.
 
     tree: whose main.py. slow: whether it has few steps. epochs: passes over the rows; more than one lets the
-    prediction stage remember its teacher.
+    teacher be remembered. length: of all texts, in tokens; 0 is their own. processes: of one thread each; 0 is
+    what --device_list says, with all their threads.
     """
 
     title: str
     stage: str
-    flags: list[str]
+    flags: tuple[str, ...]
     tree: Path = ROOT
     slow: bool = False
     epochs: int = 1
+    length: int = 0
+    processes: int = 0
+
+    @property
+    def batch(self) -> int:
+        """Examples a step: 32 for each of the processes that are compared."""
+        return BATCH * max(1, self.processes)
 
 
-def rows(reference: Path) -> list[Row]:
-    """The runs, each stage's reference first."""
-    asks = [] if reference != ROOT else ASK
+def rows(reference: Path, keeps_states: bool) -> list[Row]:
+    """The runs of the usual table, each stage's reference first.
+
+    Args:
+        reference: the tree whose main.py is the reference.
+        keeps_states: whether main.py has --keep_teacher_states.
+    """
     table = []
-    for stage in ("intermediate", "prediction"):
-        ask = ASK if stage == "prediction" else []
+    for stage in STAGES:
+        prediction = stage == "prediction"
+        ask = ASK if prediction else ()
+        # An older revision need not know the flag, and asks in every step anyway.
         table += [
-            Row("reference", stage, [*REFERENCE, *(asks if ask else [])], reference, slow=True),
-            Row("reference settings, today's code", stage, [*REFERENCE, *ask], slow=True),
-            Row("padded to the batch's longest", stage, [*LONGEST, *ask], slow=True),
-            Row("batches of like length", stage, [*GROUPED, *ask], slow=True),
-            Row("and bf16", stage, [*FAST, *ask]),
+            Row("reference", stage, (*REFERENCE, *(ask if reference == ROOT else ())), reference, slow=True),
+            Row("reference settings, today's code", stage, (*REFERENCE, *ask), slow=True),
+            Row("alone: padded to the longest", stage, (*LONGEST, *ask), slow=True),
+            Row("alone: like lengths", stage, (*REFERENCE, "--group_by_length", *ask), slow=True),
+            Row("alone: amp", stage, (*REFERENCE, "--amp", *ask), slow=True),
         ]
-    return [*table, Row("and the teacher remembered", "prediction", FAST, epochs=2)]
+        if prediction:
+            table += [Row("alone: teacher remembered", stage, REFERENCE, slow=True, epochs=2)]
+        elif keeps_states:  # which has no meaning where padding is learned too
+            table += [Row("alone: states kept (and longest)", stage, (*LONGEST, *KEEP), slow=True, epochs=2)]
+        table += [
+            Row("together: longest, like lengths", stage, (*GROUPED, *ask)),
+            Row("together: and amp", stage, (*FAST, *ask)),
+        ]
+        if prediction:
+            table += [Row("together: and teacher remembered", stage, FAST, epochs=2)]
+        elif keeps_states:
+            table += [Row("together: and states kept", stage, (*FAST, *KEEP), epochs=2)]
+    return table
 
 
-def run(row: Row, work: Path, flags: argparse.Namespace) -> dict[str, float]:
-    """Runs a row; FPS as its log says, and with the time that the teacher was asked beforehand."""
-    output = Path(tempfile.mkdtemp(dir=work))
-    count = flags.steps * 32 * (1 if row.slow else 4)
-    data = work / f"data{count}"
-    if not data.exists():
-        make_data(data, flags.data_dir, count)
-    command = [sys.executable, "main.py", "--task_name", "SST-2", "--do_lower_case", "--data_dir", str(data)]
-    command += ["--teacher_model", str(work / "teacher"), "--student_model", str(work / "student")]
-    command += ["--output_dir", str(output / "model"), "--fps_acc_dir", str(output), "--max_seq_length", "64"]
-    command += ["--num_train_epochs", str(row.epochs), "--eval_step", "1000000", "--device", flags.device]
-    command += ["--device_list", flags.device_list, *row.flags]
-    if row.tree == ROOT:
-        command += ["--cache_dir", str(output / "cache")]
-    if row.stage == "prediction":
-        command += ["--pred_distill"]
-    begin = time.monotonic()
-    done = subprocess.run(command, cwd=row.tree, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(f"the run of {row.title!r} failed: {done.stderr.strip().splitlines()[-1:]}")
-    events = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+def rows_of_lengths(lengths: Sequence[int]) -> list[Row]:
+    """Both stages in the settings for speed, the teacher being asked, on texts of these many tokens."""
+    return [
+        Row(f"{length} tokens", stage, (*FAST, *(ASK if stage == "prediction" else ())), length=length)
+        for stage in STAGES
+        for length in lengths
+    ]
+
+
+def rows_of_processes(counts: Sequence[int]) -> list[Row]:
+    """Likewise in so many processes of one thread, 32 examples a step for each."""
+    return [
+        Row(f"{count} x 1 thread", stage, (*FAST, *(ASK if stage == "prediction" else ())), processes=count)
+        for stage in STAGES
+        for count in counts
+    ]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a run came to.
+
+    fps: examples a second, of several epochs in those after the first. first: in the first of several, the asking's
+    time included. tokens: a second. shares: percentages of a step's time by part; empty where nothing tells them.
+    """
+
+    fps: float
+    tokens: float
+    first: float | None = None
+    shares: dict[str, float] = field(default_factory=dict)
+
+
+def speeds(events: list[dict[str, Any]], examples: int, epochs: int, epoch_steps: int) -> tuple[float, float | None]:
+    """A run's examples a second, and those of the first of several epochs, by its metrics.jsonl.
+
+    Args:
+        events: in it a `train` line at the end of the first epoch, where there are several.
+        examples, epoch_steps: of one epoch.
+
+    Raises:
+        UserError: there are several epochs, and the teacher was not remembered.
+    """
     (end,) = [event for event in events if event["event"] == "end"]
-    asked = sum(event["seconds"] for event in events if event["event"] == "teacher_asked_once")
-    rows_read = sum(1 for _ in (data / "train.tsv").open(encoding="utf-8")) - 1
-    first = rows_read / (rows_read / end["fps"] + asked)
-    return {"fps": end["fps"], "first": first, "wall": time.monotonic() - begin}
+    if epochs == 1:
+        return end["fps"], None
+    first = next(event["fps"] for event in events if event["event"] == "train" and event["step"] == epoch_steps)
+    asked = [event["seconds"] for event in events if event["event"] == "teacher_asked_once"]
+    if not asked:
+        raise UserError("the teacher was asked in every step; is there no room for what it says?")
+    later = examples * (epochs - 1)
+    seconds = end["fps_examples"] / end["fps"] - (end["fps_examples"] - later) / first
+    return later / seconds, examples / (examples / first + sum(asked))
+
+
+def measure(row: Row, work: Path, flags: argparse.Namespace) -> Figures:
+    """Runs a row."""
+    steps = flags.steps * (1 if row.slow else 4)
+    mine = row.tree == ROOT
+    on_cpu = choose_device(flags.device) == "cpu"
+    done, examples = _run(row, steps, work, flags, timed=mine and on_cpu)
+    epoch_steps = -(-examples // row.batch)
+    fps, first = speeds(done.events, examples, row.epochs, epoch_steps)
+    times = done.times
+    if mine and not on_cpu:
+        short, examples = _run(row, flags.steps, work, flags, timed=True)
+        times, epoch_steps = short.times, -(-examples // row.batch)
+    parts = {}
+    if times is not None:
+        parts = shares(times["steps"], times["skipped"] if row.epochs == 1 else epoch_steps)
+    length = _mean_length(_data(row, steps, work, flags), row.length or 64, flags.vocabulary)
+    return Figures(fps, fps * length, first, parts)
+
+
+def _run(row: Row, steps: int, work: Path, flags: argparse.Namespace, timed: bool) -> tuple[Finished, int]:
+    data = _data(row, steps, work, flags)
+    examples = sum(1 for _ in (data / "train.tsv").open(encoding="utf-8")) - 1
+    ids = ",".join(map(str, range(row.processes))) if row.processes else flags.device_list
+    given = ["--max_seq_length", str(row.length or 64), "--num_train_epochs", str(row.epochs)]
+    given += ["--train_batch_size", str(row.batch), "--device", flags.device, "--device_list", ids]
+    if row.epochs > 1:  # a line at the end of each epoch
+        given += ["--output_txt_step", str(-(-examples // row.batch))]
+    one_thread = dict.fromkeys(("OMP_NUM_THREADS", "RAYON_NUM_THREADS"), "1") if row.processes else None
+    given += [*row.flags, *stage_flags(row.stage)]
+    try:
+        return run_main(work, data, given, timed=timed, tree=row.tree, environment=one_thread), examples
+    except UserError as error:
+        raise UserError(f"{row.stage}, {row.title}: {error}") from None
+
+
+def _data(row: Row, steps: int, work: Path, flags: argparse.Namespace) -> Path:
+    data = work / f"data_{steps * row.batch}_{row.length}"
+    if not data.exists():
+        make_data(data, flags.data_dir, steps * row.batch, row.length)
+    return data
+
+
+def _mean_length(data: Path, maximum: int, vocabulary: Path) -> float:
+    tokenizer = BertTokenizer.from_pretrained(vocabulary)
+    features = load_features(data / "train.tsv", find_task("SST-2"), tokenizer, maximum, Cache(None, 0))
+    return float(features.lengths.mean())
+
+
+def percent_of_linear(fps: float, processes: int, base_fps: float, base_processes: int) -> float:
+    """How much of what so many processes could do at best, by what fewer did, they do."""
+    return 100 * fps / (base_fps * processes / base_processes)
+
+
+def compare(row: Row, figures: Figures, base_row: Row, base: Figures) -> Line:
+    """A line of the table, beside the first of its stage; what is not known is left out."""
+    line = {"FPS": figures.fps, "tokens/s": figures.tokens, **{f"{n} %": s for n, s in figures.shares.items()}}
+    if row.processes:
+        line["% of linear"] = percent_of_linear(figures.fps, row.processes, base.fps, base_row.processes)
+    elif row.length:
+        line["cost"] = base.fps / figures.fps
+    else:
+        line["ratio"] = figures.fps / base.fps
+    if figures.first is not None:
+        line |= {"first epoch": figures.first, "its ratio": figures.first / base.fps}
+    return line
+
+
+def medians(lines: Sequence[Line]) -> Line:
+    """The median of each figure of a row that was run several times."""
+    return {name: statistics.median(line[name] for line in lines) for name in lines[0]}
+
+
+class Table:
+    """How lines are printed. `comparison` is the column that compares a row with its stage's first."""
+
+    def __init__(self, comparison: str) -> None:
+        decimals = {"FPS": 1, comparison: 0 if comparison == "% of linear" else 2, "tokens/s": 0}
+        if comparison == "ratio":
+            decimals |= {"first epoch": 1, "its ratio": 2}
+        self._decimals = decimals | {f"{name} %": 1 for name in STEP_PARTS}
+
+    def head(self) -> None:
+        """Prints the names of the columns."""
+        self._print("stage", "", list(self._decimals))
+
+    def line(self, row: Row, line: Line) -> None:
+        """Prints a row."""
+        values = (f"{line.get(name, math.nan):.{decimals}f}" for name, decimals in self._decimals.items())
+        self._print(row.stage, row.title, [value.replace("nan", "-") for value in values])
+
+    def _print(self, stage: str, title: str, cells: list[str]) -> None:
+        widths = (max(8, len(name)) for name in self._decimals)
+        aligned = (f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        print(f"{stage:12}  {title:33}", *aligned, sep="  ", flush=True)
 
 
 def reference_tree(revision: str | None, work: Path) -> Path:
@@ -109,38 +288,60 @@ def reference_tree(revision: str | None, work: Path) -> Path:
     return tree
 
 
+def chosen(flags: argparse.Namespace, work: Path) -> list[Row]:
+    """The rows that the flags ask for."""
+    if flags.lengths is not None:
+        table = rows_of_lengths(numbers(flags.lengths, "--lengths"))
+    elif flags.processes is not None:
+        table = rows_of_processes(numbers(flags.processes, "--processes"))
+    else:
+        keeps = KEEP[0] in build_main_parser(product.ENTRY).format_help()
+        table = rows(reference_tree(flags.reference_revision, work), keeps)
+    table = [row for row in table if flags.stage in (None, row.stage)]
+    if flags.only is None:
+        return table
+    bases = {row.stage: row for row in reversed(table)}.values()
+    if not any(flags.only in row.title for row in table):
+        raise UserError(f"--only {flags.only}: no row's title holds this text")
+    return [row for row in table if flags.only in row.title or row in bases]
+
+
 def main(arguments: Sequence[str]) -> None:
     """Runs all rows and prints the table."""
-    parser = OneLineParser(prog="throughput.py", description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--data_dir", type=path, required=True, help="SST-2's folder; its train.tsv is read")
-    parser.add_argument("--vocabulary", type=path, required=True, help="a folder with an uncased vocab.txt")
-    parser.add_argument(
-        "--steps", type=int, default=30, help="steps of the slow rows; the others take four times as many"
-    )
-    parser.add_argument(
-        "--reference_revision", help="the git revision whose main.py is the reference; default: today's"
-    )
-    parser.add_argument("--device", default="cpu")
+    parser = build_parser("throughput.py", __doc__)
+    add_run_flags(parser)
+    parser.add_argument("--steps", default="30", help="steps of the slow rows; the others take four times as many")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--reference_revision", help="the git revision whose main.py is the reference; default: today's")
+    kind.add_argument("--lengths", help="instead: texts of exactly these many tokens, as 16,32,64,128")
+    kind.add_argument("--processes", help="instead: so many processes of one thread, as 1,2")
     parser.add_argument("--device_list", default="0")
-    parser.add_argument("--only", help="rows whose title holds this text, and the references")
+    parser.add_argument("--only", help="rows whose title holds this text, and each stage's first")
+    parser.add_argument("--stage", choices=STAGES, help="this one alone")
+    parser.add_argument("--repeat", default="1", help="how many times the whole table is taken")
     flags = parser.parse_args(list(arguments))
-    print(f"{machine()}, {os.environ.get('OMP_NUM_THREADS', 'default')} threads a process")
-    print(f"{'stage':12}  {'':34}  {'FPS':>8}  {'ratio':>6}  {'first epoch':>11}  {'ratio':>6}")
+    (flags.steps,), (repeat,) = numbers(flags.steps, "--steps")[:1], numbers(flags.repeat, "--repeat")[:1]
+    table = Table("% of linear" if flags.processes else "cost" if flags.lengths else "ratio")
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        make_models(work, flags.vocabulary)
-        references: dict[str, float] = {}
-        for row in rows(reference_tree(flags.reference_revision, work)):
-            if flags.only and flags.only not in row.title and row.title != "reference":
-                continue
-            figures = run(row, work, flags)
-            base = references.setdefault(row.stage, figures["fps"])
-            ratios = figures["fps"] / base, figures["first"] / base
-            print(
-                f"{row.stage:12}  {row.title:34}  {figures['fps']:8.1f}  {ratios[0]:6.1f}  "
-                f"{figures['first']:11.1f}  {ratios[1]:6.1f}",
-                flush=True,
-            )
+        plan = chosen(flags, work)
+        make_models(work, flags.vocabulary, flags.size)
+        print(f"{machine()}, {'one thread a process' if flags.processes else threads()}")
+        taken: list[list[Line]] = [[] for _ in plan]
+        for number in range(1, repeat + 1):
+            if repeat > 1:
+                print(f"run {number} of {repeat}")
+            table.head()
+            bases: dict[str, tuple[Row, Figures]] = {}
+            for row, lines in zip(plan, taken, strict=True):
+                figures = measure(row, work, flags)
+                lines.append(compare(row, figures, *bases.setdefault(row.stage, (row, figures))))
+                table.line(row, lines[-1])
+        if repeat > 1:
+            print(f"medians of {repeat} runs")
+            table.head()
+            for row, lines in zip(plan, taken, strict=True):
+                table.line(row, medians(lines))
 
 
 if __name__ == "__main__":
