@@ -75,10 +75,10 @@ def run_evaluation(options: Options, process: Process) -> None:
     dev = first_of_machine_first(process, lambda: DevSets.read(options, loaded.tokenizer))
     precision = precision_of(options, process)
     loaded.model.to(process.device)
+    parameters = sum(p.numel() for p in loaded.model.parameters())
     precision.prepare_frozen(loaded.model)
     with RunLog(options.fps_acc_dir, options.log_name(process.world_size), process) as log:
         results = dev.judge(loaded.model, padding_of(options, loaded), process, precision)
-        parameters = sum(p.numel() for p in loaded.model.parameters())
         for name, judged in results.items():
             logger.info("%s: %s", options.student_model, shown(name, judged))
             log.line(0, 0, judged.examples_per_second, judged.metrics[options.task.metric.chosen_by])

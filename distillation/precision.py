@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from transformer import frozen
 from transformer.errors import UserError
 from transformer.heads import TinyBertForSequenceClassification, TinyBertOutput
 from transformer.optimization import BertAdam, gradient_norms
@@ -61,7 +62,7 @@ class Precision:
         return model
 
     def prepare_frozen(self, model: nn.Module) -> None:
-        """Readies a model that is asked only."""
+        """Readies a model that is asked only; its parameters may be in another form then."""
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context of forward passes."""
@@ -142,6 +143,9 @@ class TorchMixedPrecision(Precision):
     def prepare_frozen(self, model: nn.Module) -> None:
         if self._level in ("O2", "O3"):
             model.to(self._dtype)
+            return
+        if self._device.type == "cpu" and self._dtype == torch.bfloat16 and frozen.can_pack():
+            frozen.pack(model)
             return
         for module in model.modules():
             if isinstance(module, nn.Linear):  # autocast would cast these anew for every batch
