@@ -49,6 +49,8 @@ class Batch(NamedTuple):
 
     input_ids, token_type_ids, attention_mask: [batch, length]. labels: [batch].
     examples: [batch] their numbers in the features.
+    teacher_states: [batch, layers, length, hidden], teacher_scores: [batch, layers, heads, query, key]; what a
+        teacher has said of them, where that was fetched: 0 at padding.
     """
 
     input_ids: Tensor
@@ -56,6 +58,8 @@ class Batch(NamedTuple):
     attention_mask: Tensor
     labels: Tensor
     examples: Tensor
+    teacher_states: Tensor | None = None
+    teacher_scores: Tensor | None = None
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -64,11 +68,14 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> Batch:
         """The same batch in memory from which a GPU copies while it computes."""
-        return Batch(*(tensor.pin_memory() for tensor in self))
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return self._replace(**{name: change(tensor) for name, tensor in self._asdict().items() if tensor is not None})
 
 
 @dataclass(frozen=True)

@@ -4,31 +4,42 @@ An entry is a few arrays under a key that is a digest of all that they depend on
 out of date: where anything changes there is another key. Entries are made whole or not at all, read by
 mapping them into memory (one copy for all processes of a machine), and the ones not used for longest
 go when the folder grows beyond its limit. Nothing here is needed: any failure means working it out again.
+
+What fits into memory is kept by `put`. What does not is written piece by piece, by several processes if
+need be, into the files that `make` has reserved.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import os
+import platform
 import re
 import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
+
 logger = logging.getLogger(__name__)
 
 _SECONDS_UNTIL_STALE = 24 * 3600.0  # a temporary folder that nobody works on any more
 _TEMPORARY = "making-"
-KINDS = ("features", "teacher_logits")  # of entries: the folders that they lie in
+_HEADER = 128  # bytes of a file of numpy's before the values
+KINDS = ("features", "teacher_logits", "teacher_states")  # of entries: the folders that they lie in
 _ENTRY_NAME = re.compile(f"[0-9a-f]{{32}}|{_TEMPORARY}.*")
 
 
@@ -115,8 +126,43 @@ class Cache:
             return
         self._make_room(entry)
 
-    def _make_room(self, newest: Path) -> None:
-        """Removes the entries that were not used for longest until the folder is within its limit."""
+    def make(self, kind: str, key: str, arrays: Mapping[str, tuple[int, np.dtype]]) -> Making:
+        """Reserves the files of an entry that is written piece by piece; room is made for it at once.
+
+        Args:
+            arrays: of each array, which has one dimension, how many values of which type.
+
+        Raises:
+            OSError: the folder cannot be written or the disk is full; nothing is left.
+        """
+        assert self.folder is not None
+        entry = self.folder / kind / key
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        # Another machine's lock may not be seen, so its beginnings are left alone until they are stale.
+        begun = f"{_TEMPORARY}{key}-{platform.node()}-"
+        for left in entry.parent.glob(f"{begun}*"):
+            if _is_ours(left) and _is_abandoned(left):
+                shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(entry, ignore_errors=True)  # broken
+        self._make_room(entry, sum(_HEADER + count * dtype.itemsize for count, dtype in arrays.values()))
+        temporary = Path(tempfile.mkdtemp(prefix=begun, dir=entry.parent))
+        making = Making(temporary, entry, _locked(temporary))
+        try:
+            os.chmod(temporary, entry.parent.stat().st_mode)  # mkdtemp lets only its owner in
+            for name, (count, dtype) in arrays.items():
+                _reserve(temporary / f"{name}.npy", count, dtype)
+        except BaseException:
+            making.discard()
+            raise
+        return making
+
+    def _make_room(self, newest: Path, needed: int = 0) -> None:
+        """Removes the entries that were not used for longest until the folder is within its limit.
+
+        Args:
+            newest: an entry that stays.
+            needed: the bytes of one that is still to be written; these are to fit on the disk too.
+        """
         assert self.folder is not None
         entries = []
         for entry in self.folder.glob("*/*"):
@@ -129,11 +175,110 @@ class Cache:
                 elif time.time() - used > _SECONDS_UNTIL_STALE:
                     shutil.rmtree(entry, ignore_errors=True)
         total = sum(size for _, _, size in entries)
+        limit = self.limit - needed
+        if needed and needed <= (most := total + shutil.disk_usage(self.folder).free):  # else it fits in no case
+            limit = min(self.limit, most) - needed
         for _, entry, size in sorted(entries, key=lambda found: found[0]):
-            if total <= self.limit or entry == newest:
+            if total <= limit or entry == newest:
                 break
             shutil.rmtree(entry, ignore_errors=True)
             total -= size
+
+
+@dataclass
+class Making:
+    """An entry whose files are there, their values not yet.
+
+    Who has begun it keeps or discards it; any process of the machine may `write_values` into its folder.
+    """
+
+    folder: Path
+    _entry: Path
+    _lock: int | None  # held while the beginning is somebody's
+    _open: bool = field(default=True, init=False)
+
+    def keep(self) -> None:
+        """Makes it an entry, whole or not at all.
+
+        Raises:
+            OSError: that cannot be done.
+        """
+        for file in self.folder.iterdir():
+            with file.open("rb+") as opened:
+                os.fsync(opened.fileno())
+        shutil.rmtree(self._entry, ignore_errors=True)  # broken, or just made by another run
+        os.rename(self.folder, self._entry)
+        self._end()
+
+    def discard(self) -> None:
+        """Removes what there is of it, unless it was kept."""
+        if self._open:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self._end()
+
+    def _end(self) -> None:
+        self._open = False
+        if self._lock is not None:
+            os.close(self._lock)
+
+
+def write_values(path: Path, place: int, values: np.ndarray) -> None:
+    """Writes values into an array's file, reserved by `make`, from the value of number `place` on.
+
+    Not through a memory map: there a full disk would kill the process.
+
+    Raises:
+        OSError: the disk is full, or the file is gone.
+    """
+    with path.open("rb+", buffering=0) as file:
+        np.lib.format.read_magic(file)
+        np.lib.format.read_array_header_1_0(file)
+        file.seek(place * values.itemsize, os.SEEK_CUR)
+        left = np.ascontiguousarray(values).data.cast("B")
+        while left:
+            left = left[file.write(left) :]
+    os.utime(path.parent)  # somebody works on it
+
+
+def _reserve(path: Path, count: int, dtype: np.dtype) -> None:
+    """Makes the file of an array whose values are all 0, with its whole room on the disk."""
+    with path.open("wb") as file:
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.flush()
+        size = file.tell() + count * dtype.itemsize
+        if hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(file.fileno(), 0, size)
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                    raise
+        file.truncate(size)  # where room cannot be reserved a full disk is met later
+
+
+def _locked(folder: Path) -> int | None:
+    """Locks a folder for as long as this process lives; None where there are no such locks."""
+    if fcntl is None:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _is_abandoned(folder: Path) -> bool:
+    """Whether nobody on this machine holds the lock of a folder that was begun here."""
+    try:
+        descriptor = _locked(folder)
+    except OSError:  # gone meanwhile
+        return False
+    if descriptor is None:
+        return False
+    os.close(descriptor)
+    return True
 
 
 def _is_ours(entry: Path) -> bool:

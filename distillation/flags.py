@@ -191,6 +191,12 @@ def _add_training(parser: argparse.ArgumentParser, entry: Entry) -> None:
         action="store_true",
         help="ask the teacher in every step; otherwise the prediction stage asks it once for each example",
     )
+    group.add_argument(
+        "--keep_teacher_states",
+        action="store_true",
+        help="the intermediate stage asks the teacher once for each example and keeps its hidden states and attention "
+        "scores in --cache_dir, for all epochs and later runs; gigabytes, of which a line tells beforehand",
+    )
     group.add_argument("--temperature", type=float, default=1.0, help="of the prediction loss")
     group.add_argument(
         "--regression_target",

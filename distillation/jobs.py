@@ -29,7 +29,7 @@ from distillation.models import (
 from distillation.options import Options, Stage
 from distillation.results import check_copy, check_results, copy_outputs, write_results
 from distillation.stages import FineTuning, IntermediateStage, PredictionStage, TrainingStage, freeze_unused
-from distillation.teacher import Teacher, ask_once, weights_digest
+from distillation.teacher import Teacher, ask_once, keep_states, weights_digest
 from distillation.trainer import Outcome, Schedule, Trainer
 from transformer.errors import UserError
 
@@ -134,7 +134,8 @@ def _teach(options: Options, process: Process, parts: TrainingParts, log: RunLog
             and not options.ask_teacher_always
             and schedule.total_steps(plan.steps_per_epoch) > plan.steps_per_epoch
         )
-        weights = weights_digest(parts.teacher.model) if asked_once else ""
+        keeps_states = isinstance(stage, IntermediateStage) and options.keep_teacher_states
+        weights = weights_digest(parts.teacher.model) if asked_once or keeps_states else ""
         teacher = parts.teacher.model.to(process.device)
         precision.prepare_frozen(teacher)
         judged_teacher = {} if options.performance else dev.judge(teacher, padding, process, precision)
@@ -147,6 +148,15 @@ def _teach(options: Options, process: Process, parts: TrainingParts, log: RunLog
             logits = ask_once(teacher, weights, parts.features, padding, options, process, precision)
             log.record("teacher_asked_once", examples=len(logits), seconds=time.monotonic() - begin)
             stage = replace(stage, teacher=Teacher(teacher, logits))
+        if keeps_states:
+            assert isinstance(stage, IntermediateStage)
+            begin = time.monotonic()
+            kept = keep_states(
+                teacher, weights, parts.features, padding, stage.taught_layers, options, process, precision
+            )
+            if kept is not None:
+                log.record("teacher_asked_once", examples=len(parts.features), seconds=time.monotonic() - begin)
+                stage = replace(stage, teacher=Teacher(teacher, kept=kept))
 
     def judge(step: int) -> float:
         results = dev.judge(learner.model, padding, process, precision)

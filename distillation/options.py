@@ -78,6 +78,7 @@ class Options:
     losses: tuple[str, ...]  # of LOSSES
     regression_target: str
     ask_teacher_always: bool
+    keep_teacher_states: bool
     predict_file: str | None
     overwrite_output_dir: bool
 
@@ -130,6 +131,8 @@ def parse_options(arguments: Sequence[str], entry: Entry) -> Options:
     values["layer_map"] = _layer_map(values["layer_map"])
     values["losses"] = _losses(values["losses"])
     _check_numbers(values)
+    if values["keep_teacher_states"] and stage is Stage.INTERMEDIATE:
+        _check_can_keep_states(values)
     known = {field.name for field in fields(Options)}
     return Options(task=task, stage=stage, **{name: value for name, value in values.items() if name in known})
 
@@ -194,6 +197,16 @@ def _losses(text: str) -> tuple[str, ...]:
     if not set(names) <= set(LOSSES) or len(set(names)) < len(names):
         raise UserError(f"--losses {text}: expected one or more of {', '.join(LOSSES)}, split by commas")
     return tuple(name for name in LOSSES if name in names)
+
+
+def _check_can_keep_states(values: dict[str, Any]) -> None:
+    if values["padding"] == "max_length":
+        raise UserError(
+            "--keep_teacher_states: keeps the states of real tokens, --padding max_length learns those of padding too; "
+            "leave out one of them"
+        )
+    if values["ask_teacher_always"]:
+        raise UserError("--keep_teacher_states and --ask_teacher_always: give one of them")
 
 
 def _stage(given: dict[str, bool]) -> Stage:

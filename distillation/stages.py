@@ -36,6 +36,10 @@ class TrainingStage(Protocol):
     @property
     def by_metric(self) -> bool: ...
 
+    def fetch(self, batch: Batch) -> Batch:
+        """The batch with all that its losses read from the disk; called ahead, by the threads that prepare batches."""
+        ...
+
     def losses(self, model: Callable[..., TinyBertOutput], batch: Batch, totals: Totals) -> Losses:
         """The terms of the loss by the names that logs give them; their sum is what is minimised."""
         ...
@@ -75,10 +79,18 @@ class IntermediateStage:
             unused += ["fit_dense."]
         return tuple(unused)
 
+    @property
+    def taught_layers(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The teacher's layers whose hidden states are read, the embedding output being 0, and those of its scores."""
+        return self._hidden_layers()[1], self.layer_map if "attention" in self.parts else ()
+
+    def fetch(self, batch: Batch) -> Batch:
+        return self.teacher.fetch(batch)
+
     def losses(self, model: Callable[..., TinyBertOutput], batch: Batch, totals: Totals) -> Losses:
         attention = "attention" in self.parts
-        learned_layers, taught_layers = self._hidden_layers()
-        taught = self.teacher.states(batch, taught_layers, self.layer_map if attention else ())
+        learned_layers = self._hidden_layers()[0]
+        taught = self.teacher.states(batch, *self.taught_layers)
         learned = model(
             *batch.inputs,
             is_student=True,
@@ -119,6 +131,9 @@ class PredictionStage:
     unused: tuple[str, ...] = ("fit_dense.", "fit_denses.")
     by_metric: bool = True
 
+    def fetch(self, batch: Batch) -> Batch:
+        return batch
+
     def losses(self, model: Callable[..., TinyBertOutput], batch: Batch, totals: Totals) -> Losses:
         if self.regression_target == "labels":
             return {"cls_loss": losses.regression_loss(_logits(model, batch), batch.labels, totals)}
@@ -139,6 +154,9 @@ class FineTuning:
     schedule: str = "warmup_linear"
     unused: tuple[str, ...] = ("fit_dense.", "fit_denses.")
     by_metric: bool = True
+
+    def fetch(self, batch: Batch) -> Batch:
+        return batch
 
     def losses(self, model: Callable[..., TinyBertOutput], batch: Batch, totals: Totals) -> Losses:
         loss = losses.regression_loss if self.regression else losses.label_loss

@@ -2,7 +2,8 @@
 
 What it says of an example never changes, so where the prediction stage meets examples more than once
 their logits are asked for beforehand, in batches of like length that depend on neither seed nor number
-of processes, and are kept in the cache for the next run.
+of processes, and are kept in the cache for the next run. The intermediate stage reads far more of each
+example: what it reads is kept where the user asks for that (`teacher_states.py`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +25,7 @@ from distillation.evaluation import predict
 from distillation.logs import clock
 from distillation.options import Options
 from distillation.precision import Precision
+from distillation.teacher_states import KeptStates, Question, find_or_ask
 from transformer.heads import TinyBertForSequenceClassification, TinyBertOutput
 
 logger = logging.getLogger(__name__)
@@ -36,10 +39,12 @@ class Teacher:
 
     model: frozen, on the process's device.
     remembered: its logits for all examples, [examples, outputs] on the device; None where it is to be asked.
+    kept: the states and scores of all examples that a stage reads; None where it is to be asked.
     """
 
     model: TinyBertForSequenceClassification
     remembered: Tensor | None = None
+    kept: KeptStates | None = None
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
@@ -50,9 +55,19 @@ class Teacher:
         assert logits is not None  # they were asked for
         return logits
 
+    def fetch(self, batch: Batch) -> Batch:
+        """A batch in memory with what is kept of its examples, where that is so, for `states` to give out."""
+        return batch if self.kept is None else self.kept.fetch(batch)
+
     @torch.no_grad()
     def states(self, batch: Batch, hidden_layers: tuple[int, ...], attention_layers: tuple[int, ...]) -> TinyBertOutput:
-        """Its hidden states and attention scores of these layers, no logits."""
+        """Its hidden states and attention scores of these layers, no logits.
+
+        Args:
+            batch: what `fetch` gave, on any device.
+        """
+        if self.kept is not None:
+            return self.kept.output(batch, hidden_layers, attention_layers)
         return self.model(
             *batch.inputs, hidden_layers=hidden_layers, attention_layers=attention_layers, with_logits=False
         )
@@ -78,18 +93,7 @@ def ask_once(
         padding: the run's; here batches are padded to their longest whatever it is.
         options: the cache, and how many examples it is asked about at a time.
     """
-    key = digest(
-        version=_CACHED_FORM,
-        weights=weights,
-        config=model.config.to_json(),
-        tokens=np.ascontiguousarray(features.tokens).tobytes(),
-        offsets=np.ascontiguousarray(features.offsets).tobytes(),
-        segments=np.ascontiguousarray(features.first_lengths).tobytes(),
-        batch=[options.eval_batch_size, padding.pad_token_id],
-        precision=precision.name,
-        device=process.device.type,
-        torch=torch.__version__,
-    )
+    key = _key(model, weights, features, padding, options, process, precision)
     known = options.cache.get("teacher_logits", key, ["logits"])
     # All processes have them, or all ask: a part of the question is each one's.
     if all(process.gather(known is not None and len(known["logits"]) == len(features))):
@@ -107,6 +111,58 @@ def ask_once(
     if process.is_first_of_machine:
         options.cache.put("teacher_logits", key, {"logits": logits})
     return torch.from_numpy(logits).to(process.device)
+
+
+def keep_states(
+    model: TinyBertForSequenceClassification,
+    weights: str,
+    features: Features,
+    padding: Padding,
+    layers: tuple[tuple[int, ...], tuple[int, ...]],
+    options: Options,
+    process: Process,
+    precision: Precision,
+) -> KeptStates | None:
+    """The teacher's hidden states and attention scores of every example, mapped into memory.
+
+    Those of an earlier run are found in the cache. None, in every process, where they cannot be kept; a line
+    says why.
+
+    Args:
+        model, weights, features, padding, options: as for `ask_once`.
+        layers: those whose hidden states, and those whose attention scores are wanted.
+    """
+    hidden, attention = (tuple(sorted(set(wanted))) for wanted in layers)
+    key = _key(model, weights, features, padding, options, process, precision, states=[hidden, attention])
+    padding = replace(padding, to_maximum=False)
+    question = Question(model, features, padding, hidden, attention, options.eval_batch_size, process, precision)
+    return find_or_ask(question, key, options.cache)
+
+
+def _key(
+    model: TinyBertForSequenceClassification,
+    weights: str,
+    features: Features,
+    padding: Padding,
+    options: Options,
+    process: Process,
+    precision: Precision,
+    **wanted: Any,
+) -> str:
+    """A digest of all that a teacher's answers depend on."""
+    return digest(
+        version=_CACHED_FORM,
+        weights=weights,
+        config=model.config.to_json(),
+        tokens=np.ascontiguousarray(features.tokens).tobytes(),
+        offsets=np.ascontiguousarray(features.offsets).tobytes(),
+        segments=np.ascontiguousarray(features.first_lengths).tobytes(),
+        batch=[options.eval_batch_size, padding.pad_token_id],
+        precision=precision.name,
+        device=process.device.type,
+        torch=torch.__version__,
+        **wanted,
+    )
 
 
 def weights_digest(model: TinyBertForSequenceClassification) -> str:

@@ -153,7 +153,8 @@ class Trainer:
         """Every step of the run: its epoch, its number in the epoch, its batches, the totals of its losses."""
 
         def collate(step: Step) -> tuple[list[Batch], Totals]:
-            batches = [self.plan.padding.collate(self.features, part) for part in step.micro_batches]
+            collated = (self.plan.padding.collate(self.features, part) for part in step.micro_batches)
+            batches = [self.stage.fetch(batch) for batch in collated]
             return [batch.pinned() for batch in batches] if pins else batches, step.totals
 
         pins = self.process.device.type == "cuda"

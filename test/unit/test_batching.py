@@ -101,7 +101,8 @@ def test_collating_equals_a_plain_loop(features, padding, chosen):
     padding = Padding(padding.to_maximum, padding.max_seq_length, pad_token_id=99)
     batch = padding.collate(features, np.array(chosen))
     width = 12 if padding.to_maximum else max(LENGTHS[i] for i in chosen)
-    assert all(tensor.dtype == torch.int64 for tensor in batch)
+    assert all(tensor.dtype == torch.int64 for tensor in batch[:5])
+    assert batch[5:] == (None, None)  # nothing of a teacher
     assert batch.input_ids.shape == batch.token_type_ids.shape == batch.attention_mask.shape == (len(chosen), width)
     for row, i in enumerate(chosen):
         for k in range(width):

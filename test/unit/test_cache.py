@@ -1,6 +1,9 @@
 """What is kept between runs: found again only where all it depends on is the same, bounded, and never in the way."""
 
+import fcntl
 import os
+import platform
+import resource
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +13,7 @@ import pytest
 from cases import write_rows
 
 from data_processing import features
-from data_processing.cache import Cache, default_folder, digest, file_digest
+from data_processing.cache import Cache, default_folder, digest, file_digest, write_values
 from data_processing.features import load_features
 from data_processing.tasks import find_task
 from transformer.tokenization import BertTokenizer
@@ -177,3 +180,112 @@ def test_entries_are_for_all_who_may_read_the_folder(tmp_path):
     (tmp_path / "features").mkdir(mode=0o755)
     Cache(tmp_path, LARGE).put("features", key(1), {"x": np.zeros(3)})
     assert (tmp_path / "features" / key(1)).stat().st_mode & 0o777 == 0o755
+
+
+def test_an_entry_may_be_written_piece_by_piece(tmp_path):
+    cache = Cache(tmp_path, LARGE)
+    making = cache.make("features", key(1), {"x": (6, np.dtype(np.float32)), "y": (2, np.dtype(np.uint16))})
+    assert cache.get("features", key(1), ["x"]) is None
+    write_values(making.folder / "x.npy", 4, np.array([4, 5], dtype=np.float32))
+    write_values(making.folder / "x.npy", 1, np.array([[1], [2]], dtype=np.float32))
+    assert cache.get("features", key(1), ["x"]) is None
+    making.keep()
+    making.discard()  # which does nothing to what is kept
+    found = cache.get("features", key(1), ["x", "y"])
+    assert found["x"].tolist() == [0, 1, 2, 0, 4, 5]
+    assert found["y"].tolist() == [0, 0]
+    assert (found["x"].dtype, found["y"].dtype) == (np.float32, np.uint16)
+    assert entries(tmp_path) == ["key1"]
+
+
+def test_what_is_discarded_leaves_nothing(tmp_path):
+    making = Cache(tmp_path, LARGE).make("features", key(1), {"x": (6, np.dtype(np.float32))})
+    assert entries(tmp_path)[0].startswith("making-")
+    making.discard()
+    assert entries(tmp_path) == []
+    with pytest.raises(OSError, match=r"x\.npy"):
+        write_values(making.folder / "x.npy", 0, np.zeros(1))
+
+
+def test_room_is_made_before_the_pieces_are_written(tmp_path):
+    cache = Cache(tmp_path, 3500)
+    for number in range(3):
+        cache.put("features", key(number), {"x": np.zeros(100)})  # 928 bytes each
+        os.utime(tmp_path / "features" / key(number), (number, number))
+    cache.make("features", key(3), {"x": (200, np.dtype(np.float64))}).keep()
+    assert entries(tmp_path) == ["key2", "key3"]  # with its header it is larger than what one of them leaves
+
+
+def test_room_is_made_on_the_disk_too_where_that_suffices(tmp_path, monkeypatch):
+    cache = Cache(tmp_path, LARGE)
+    for number in range(3):
+        cache.put("features", key(number), {"x": np.zeros(100)})
+        os.utime(tmp_path / "features" / key(number), (number, number))
+    disk = type("Disk", (), {"free": 1000})
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: disk)
+    cache.make("features", key(8), {"x": (1000, np.dtype(np.float64))}).discard()
+    assert entries(tmp_path) == ["key0", "key1", "key2"]  # all of them would not be enough
+    cache.make("features", key(9), {"x": (200, np.dtype(np.float64))}).keep()
+    assert entries(tmp_path) == ["key1", "key2", "key9"]
+
+
+def test_a_file_that_the_disk_has_no_room_for_is_known_at_once(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            Cache(tmp_path, LARGE).make("features", key(1), {"x": (10_000, np.dtype(np.float32))})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert entries(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [95, 22, None], ids=["not supported", "invalid", "no such call"])
+def test_where_room_cannot_be_reserved_it_is_made_all_the_same(tmp_path, monkeypatch, error):
+    def refuse(*_):
+        raise OSError(error, os.strerror(error))
+
+    if error is None:
+        monkeypatch.delattr(os, "posix_fallocate")
+    else:
+        monkeypatch.setattr(os, "posix_fallocate", refuse)
+    cache = Cache(tmp_path, LARGE)
+    cache.make("features", key(1), {"x": (1000, np.dtype(np.float32))}).keep()
+    assert cache.get("features", key(1), ["x"])["x"].tolist() == [0] * 1000
+
+
+def test_what_a_dead_process_has_begun_goes_and_what_a_living_one_makes_stays(tmp_path):
+    cache, arrays = Cache(tmp_path, LARGE), {"x": (6, np.dtype(np.float32))}
+    dead, elsewhere = (
+        tmp_path / f"features/making-{key(1)}-{machine}-abc" for machine in (platform.node(), "another-machine")
+    )
+    for folder in (dead, elsewhere):
+        folder.mkdir(parents=True)
+    living, second = (cache.make("features", key(1), arrays) for _ in range(2))
+    assert not dead.exists()
+    assert elsewhere.exists()  # its lock may not be seen here
+    assert living.folder.exists()
+    second.keep()
+    living.keep()
+    assert entries(tmp_path) == ["key1", elsewhere.name]
+
+
+def test_without_locks_beginnings_are_left_until_they_are_stale(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    cache, arrays = Cache(tmp_path, LARGE), {"x": (6, np.dtype(np.float32))}
+    living = cache.make("features", key(1), arrays)
+    cache.make("features", key(1), arrays).keep()
+    assert living.folder.exists()
+
+
+def test_a_beginning_that_is_worked_on_is_not_stale(tmp_path):
+    cache = Cache(tmp_path, LARGE)
+    making = cache.make("features", key(1), {"x": (6, np.dtype(np.float32))})
+    os.utime(making.folder, (0, 0))
+    write_values(making.folder / "x.npy", 0, np.ones(1, dtype=np.float32))
+    cache.put("features", key(2), {"x": np.zeros(3)})
+    making.keep()
+    assert cache.get("features", key(1), ["x"])["x"].tolist() == [1, 0, 0, 0, 0, 0]
