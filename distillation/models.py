@@ -6,6 +6,7 @@ may get a new classifier or projection, and a line says so.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from transformer.errors import UserError
 from transformer.file_utils import read_weights
 from transformer.heads import TinyBertForSequenceClassification
 from transformer.loading import (
+    NoNewWeights,
     check_weights,
     has_layer_projections,
     num_labels_of,
@@ -172,10 +174,14 @@ def _read(folder: Path, do_lower_case: bool) -> tuple[BertConfig, dict, BertToke
 def _build(
     folder: Path, config: BertConfig, weights: dict, labels: int, fit_size: int, per_layer: bool
 ) -> TinyBertForSequenceClassification:
-    """Builds the model that config.json describes; sizes that its weights do not have are refused first."""
-    with torch.device("meta"):
-        check_weights(TinyBertForSequenceClassification(config, labels, fit_size, per_layer), weights, folder)
-    return TinyBertForSequenceClassification(config, labels, fit_size, per_layer)
+    """Builds the model that config.json describes; sizes that its weights do not have are refused first.
+
+    Only where the checkpoint lacks some of its weights are new ones drawn.
+    """
+    with torch.device("meta"), NoNewWeights():
+        missing = check_weights(TinyBertForSequenceClassification(config, labels, fit_size, per_layer), weights, folder)
+    with contextlib.nullcontext() if missing else NoNewWeights():
+        return TinyBertForSequenceClassification(config, labels, fit_size, per_layer)
 
 
 def label_names(task: Task) -> tuple[str, ...]:

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from transformer.errors import UserError
 
 ENCODER_PREFIX = "bert."
 _POOLER_PREFIX = "bert.pooler."
+
+
+class NoNewWeights(TorchFunctionMode):
+    """A context in which modules are made without drawing their weights: a checkpoint's follow.
+
+    It saves seconds: for a model on the meta device torch would even import its compiler to draw them.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == nn.init.__name__:  # its functions are given a tensor, and return it
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import assert_close, command
+from cases import assert_close
 from torch import Tensor, nn
 
 from transformer.modeling import LayerNorm
@@ -308,21 +308,6 @@ def test_a_step_that_is_skipped_moves_nothing(dtype):
     own[0].grad = torch.ones(4, 3, dtype=dtype)
     optimizer.step(skip=torch.zeros(()))
     assert not torch.equal(own[0].detach(), moved)
-
-
-def test_a_training_step_imports_no_compiler(tmp_path):
-    """torch's own optimizers do, which takes seconds at the start of every process."""
-    program = (
-        "import sys, torch\n"
-        "from transformer.optimization import BertAdam\n"
-        "weights = torch.nn.Parameter(torch.ones(3))\n"
-        "optimizer = BertAdam([weights], lr=0.1, schedule='none')\n"
-        "weights.sum().backward()\n"
-        "optimizer.step()\n"
-        "optimizer.zero_grad()\n"
-        "sys.exit('torch._dynamo' in sys.modules)\n"
-    )
-    assert command("-c", program, cwd=tmp_path).status == 0
 
 
 def test_groups_are_checked_as_torch_does():
