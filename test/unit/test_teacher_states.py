@@ -344,6 +344,26 @@ def test_where_one_process_fails_all_go_on_without(sst2: Workplace, monkeypatch:
     assert kept(sst2) == []
 
 
+def test_the_processes_of_a_machine_take_turns_at_the_batches(tmp_path: Path) -> None:
+    """Here those of the second machine of two."""
+    starts = np.arange(0, 16, 2)
+    tokens = np.array([[number, 99] for number in range(8)], dtype=np.uint16).flatten()
+    features = Features(tokens, np.arange(0, 17, 2), np.full(8, 2, dtype=np.int32), np.zeros(8, dtype=np.int64))
+    written = []
+    for rank, expected in ((2, [0, 1, 2, 6, 7]), (3, [3, 4, 5])):
+        teacher: Any = SaysBits(torch.float32, torch.float32)
+        process = Process(torch.device("cpu"), rank, 4, rank - 2)
+        question = Question(teacher, features, Padding(False, 64), (0,), (), 3, process, Precision())
+        layout = question.layout()
+        making = Cache(tmp_path, 10**9).make("teacher_states", f"{rank:032x}", {"hidden": (256, np.dtype(np.float32))})
+        question.write_answers(layout, making.folder, range(2, 4))
+        assert sorted(number for number, _ in teacher.said) == expected
+        values = np.load(making.folder / "hidden.npy").reshape(8, 32)
+        written.append({number for number in range(8) if values[number].any()})
+        assert layout.starts(layout.parts[0])[:8].tolist() == (starts * 16).tolist()
+    assert written == [{0, 1, 2, 6, 7}, {3, 4, 5}]
+
+
 @pytest.mark.parametrize(
     ("firsts", "peers"),
     [
