@@ -22,6 +22,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 _SECONDS_UNTIL_STALE = 24 * 3600.0  # a temporary folder that nobody works on any more
 _TEMPORARY = "making-"
+_HASHING_THREADS = 4
 _HEADER = 128  # bytes of a file of numpy's before the values
 KINDS = ("features", "teacher_logits", "teacher_states")  # of entries: the folders that they lie in
 _ENTRY_NAME = re.compile(f"[0-9a-f]{{32}}|{_TEMPORARY}.*")
@@ -53,10 +55,15 @@ def default_folder() -> Path | None:
 
 
 def digest(**parts: Any) -> str:
-    """A key for what depends on these values: JSON's own, or bytes."""
-    plain = {
-        name: hashlib.sha256(part).hexdigest() if isinstance(part, bytes) else part for name, part in parts.items()
-    }
+    """A key for what depends on these values: JSON's own, bytes, or arrays, whose bytes count."""
+
+    def plain_part(part: Any) -> Any:
+        if isinstance(part, np.ndarray):
+            part = memoryview(np.ascontiguousarray(part).reshape(-1).view(np.uint8))
+        return hashlib.sha256(part).hexdigest() if isinstance(part, (bytes, memoryview)) else part
+
+    with ThreadPoolExecutor(_HASHING_THREADS) as pool:  # of large arrays, which release the interpreter
+        plain = dict(zip(parts, pool.map(plain_part, parts.values()), strict=True))
     return hashlib.sha256(json.dumps(plain, sort_keys=True, ensure_ascii=True).encode()).hexdigest()[:32]
 
 
@@ -175,7 +182,7 @@ class Cache:
                 elif time.time() - used > _SECONDS_UNTIL_STALE:
                     shutil.rmtree(entry, ignore_errors=True)
         total = sum(size for _, _, size in entries)
-        limit = self.limit - needed
+        limit = self.limit
         if needed and needed <= (most := total + shutil.disk_usage(self.folder).free):  # else it fits in no case
             limit = min(self.limit, most) - needed
         for _, entry, size in sorted(entries, key=lambda found: found[0]):
