@@ -59,7 +59,7 @@ def digest(**parts: Any) -> str:
 
     def plain_part(part: Any) -> Any:
         if isinstance(part, np.ndarray):
-            part = memoryview(np.ascontiguousarray(part).reshape(-1).view(np.uint8))
+            part = np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
         return hashlib.sha256(part).hexdigest() if isinstance(part, (bytes, memoryview)) else part
 
     with ThreadPoolExecutor(_HASHING_THREADS) as pool:  # of large arrays, which release the interpreter

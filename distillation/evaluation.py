@@ -26,15 +26,16 @@ class Evaluation:
     """A model judged on one file.
 
     metrics: the task's, and `eval_loss`, the mean cross-entropy or, of a regression, squared error.
-    examples, seconds: of its forwards.
+    examples, seconds: of its forwards; None where its predictions were remembered.
     """
 
     metrics: dict[str, float]
     examples: int
-    seconds: float
+    seconds: float | None
 
     @property
     def examples_per_second(self) -> float:
+        assert self.seconds is not None  # nobody asks how fast something was remembered
         return self.examples / self.seconds
 
 
@@ -90,7 +91,11 @@ def evaluate(
     synchronize(process.device)
     begin = time.perf_counter()
     logits = predict(model, features, padding, batch_size, process, precision)
-    seconds = time.perf_counter() - begin
+    return judge_logits(logits, features, task, time.perf_counter() - begin)
+
+
+def judge_logits(logits: np.ndarray, features: Features, task: Task, seconds: float | None) -> Evaluation:
+    """Judges predictions, logits [examples, outputs], that took so long."""
     metrics = task.metric(predictions(logits, task), features.labels)
     ours, theirs = torch.from_numpy(logits), torch.tensor(features.labels)  # which may be read-only
     loss = functional.mse_loss(ours[:, 0], theirs) if task.is_regression else functional.cross_entropy(ours, theirs)

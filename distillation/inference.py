@@ -12,7 +12,7 @@ from data_processing.features import Features, load_features, make_features
 from data_processing.tasks import Task
 from distillation.checkpoint import check_can_make
 from distillation.device import Process, first_of_machine_first
-from distillation.evaluation import Evaluation, evaluate, predict, predictions
+from distillation.evaluation import Evaluation, evaluate, judge_logits, predict, predictions
 from distillation.logs import RunLog, check_logs
 from distillation.models import LoadedModel, check_lengths, choose_case, load_complete
 from distillation.options import Options
@@ -25,6 +25,7 @@ from distillation.results import (
     write_predictions,
     write_results,
 )
+from distillation.teacher import recall
 from transformer.errors import UserError
 from transformer.heads import TinyBertForSequenceClassification
 from transformer.tokenization import BertTokenizer
@@ -57,6 +58,22 @@ class DevSets:
             name: evaluate(model, features, self.task, padding, self.batch_size, process, precision)
             for name, features in self.features.items()
         }
+
+    def judge_teacher(
+        self,
+        model: TinyBertForSequenceClassification,
+        weights: str,
+        padding: Padding,
+        options: Options,
+        process: Process,
+        precision: Precision,
+    ) -> dict[str, Evaluation]:
+        """Evaluates a teacher on each file, by what it said in an earlier run where that is kept (`teacher.recall`)."""
+        results = {}
+        for name, features in self.features.items():
+            logits, seconds = recall(model, weights, features, padding, options, process, precision)
+            results[name] = judge_logits(logits, features, self.task, seconds)
+        return results
 
 
 def run_evaluation(options: Options, process: Process) -> None:
@@ -168,4 +185,5 @@ def precision_of(options: Options, process: Process) -> Precision:
 def shown(name: str, judged: Evaluation) -> str:
     """A dev file's result as messages tell it."""
     metrics = ", ".join(f"{key} {value:.4f}" for key, value in judged.metrics.items())
-    return f"{name}: {metrics} ({judged.examples} examples, {judged.examples_per_second:.0f} a second)"
+    speed = "remembered" if judged.seconds is None else f"{judged.examples_per_second:.0f} a second"
+    return f"{name}: {metrics} ({judged.examples} examples, {speed})"

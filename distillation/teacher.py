@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -82,35 +83,61 @@ def ask_once(
     process: Process,
     precision: Precision,
 ) -> Tensor:
-    """The teacher's logits for every example, [examples, outputs] on the process's device.
+    """The teacher's logits for every example of the training set, [examples, outputs] on the process's device.
 
-    Those of an earlier run are found in the cache.
+    Those of an earlier run are found in the cache. The arguments are those of `recall`.
+    """
+    size = len(features) * model.num_labels * 4 / 1e6
+    where = f"; {size:.1f} MB are kept in {options.cache.folder}" if options.cache.folder else ""
+
+    def told() -> None:
+        logger.info("the teacher is asked about %d examples, once for all epochs%s", len(features), where)
+
+    logits, seconds = recall(model, weights, features, padding, options, process, precision, told)
+    if seconds is None:
+        logger.info("the teacher's answers to %d examples are remembered from an earlier run", len(features))
+    else:
+        logger.info("the teacher was asked about %d examples in %s", len(features), clock(seconds))
+    return torch.from_numpy(logits).to(process.device)
+
+
+def recall(
+    model: TinyBertForSequenceClassification,
+    weights: str,
+    features: Features,
+    padding: Padding,
+    options: Options,
+    process: Process,
+    precision: Precision,
+    before_asking: Callable[[], None] = lambda: None,
+) -> tuple[np.ndarray, float | None]:
+    """The teacher's logits for every example, from the cache or asked for now, and kept then.
 
     Args:
         model: the teacher, ready to be asked.
         weights: the digest of its weights as they were before a precision cast them.
-        features: the training set.
+        features: a tokenized file.
         padding: the run's; here batches are padded to their longest whatever it is.
         options: the cache, and how many examples it is asked about at a time.
+        before_asking: called in every process where the teacher is to be asked.
+
+    Returns:
+        The logits, [examples, outputs], and the seconds that the asking took, None where it was not needed.
     """
     key = _key(model, weights, features, padding, options, process, precision)
     known = options.cache.get("teacher_logits", key, ["logits"])
     # All processes have them, or all ask: a part of the question is each one's.
     if all(process.gather(known is not None and len(known["logits"]) == len(features))):
         assert known is not None
-        logger.info("the teacher's answers to %d examples are remembered from an earlier run", len(features))
-        return torch.tensor(known["logits"], device=process.device)
-    size = len(features) * model.num_labels * 4 / 1e6
-    where = f"; {size:.1f} MB are kept in {options.cache.folder}" if options.cache.folder else ""
-    logger.info("the teacher is asked about %d examples, once for all epochs%s", len(features), where)
+        return np.array(known["logits"]), None
+    before_asking()
     begin = time.monotonic()
     title, padding = "the teacher's answers", replace(padding, to_maximum=False)
     logits = predict(model, features, padding, options.eval_batch_size, process, precision, title)
     seconds = time.monotonic() - begin
-    logger.info("the teacher was asked about %d examples in %s", len(features), clock(seconds))
     if process.is_first_of_machine:
         options.cache.put("teacher_logits", key, {"logits": logits})
-    return torch.from_numpy(logits).to(process.device)
+    return logits, seconds
 
 
 def keep_states(
@@ -129,7 +156,7 @@ def keep_states(
     says why.
 
     Args:
-        model, weights, features, padding, options: as for `ask_once`.
+        model, weights, features, padding, options: as for `recall`.
         layers: those whose hidden states, and those whose attention scores are wanted.
     """
     hidden, attention = (tuple(sorted(set(wanted))) for wanted in layers)
@@ -154,9 +181,9 @@ def _key(
         version=_CACHED_FORM,
         weights=weights,
         config=model.config.to_json(),
-        tokens=np.ascontiguousarray(features.tokens).tobytes(),
-        offsets=np.ascontiguousarray(features.offsets).tobytes(),
-        segments=np.ascontiguousarray(features.first_lengths).tobytes(),
+        tokens=features.tokens,
+        offsets=features.offsets,
+        segments=features.first_lengths,
         batch=[options.eval_batch_size, padding.pad_token_id],
         precision=precision.name,
         device=process.device.type,
@@ -167,6 +194,4 @@ def _key(
 
 def weights_digest(model: TinyBertForSequenceClassification) -> str:
     """A digest of a model's tensors under their names."""
-    return digest(
-        **{name: tensor.detach().cpu().float().numpy().tobytes() for name, tensor in model.state_dict().items()}
-    )
+    return digest(**{name: tensor.detach().cpu().float().numpy() for name, tensor in model.state_dict().items()})

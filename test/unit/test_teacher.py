@@ -25,6 +25,14 @@ def asked(monkeypatch) -> list[bool]:
     return seen
 
 
+@pytest.fixture
+def sst2(sst2: Workplace) -> Workplace:
+    """The golden case with a dev file of its own: what is said of equal files is remembered as one."""
+    dev = sst2.data / "dev.tsv"
+    dev.write_text("".join(dev.read_text(encoding="utf-8").splitlines(keepends=True)[:-1]), encoding="utf-8")
+    return sst2
+
+
 def weights_of_run(place: Workplace, name: str, **changes) -> dict[str, torch.Tensor]:
     place.run(**{**PREDICTION, "output_dir": place.folder / name, "cache_dir": place.folder / "cache", **changes})
     return read_bin(place.folder / name)
@@ -48,6 +56,18 @@ def test_the_next_run_finds_the_answers_and_learns_the_same_to_the_bit(sst2):
     words = (sst2.output / "debug_layer_loss.log").read_text(encoding="utf-8")
     assert words.count("the teacher was asked about 8 examples") == 1
     assert words.count("are remembered from an earlier run") == 2
+
+
+def test_what_the_teacher_reaches_on_dev_is_asked_once_and_told_by_every_run(sst2):
+    for number in range(2):
+        sst2.run(cache_dir=sst2.folder / "cache", output_dir=sst2.folder / str(number))
+    told = sst2.events("teacher")
+    assert len(told) == 2
+    assert told[0]["acc"] == told[1]["acc"]
+    assert told[0]["eval_loss"] == told[1]["eval_loss"]
+    words = (sst2.output / "debug_layer_loss.log").read_text(encoding="utf-8")
+    assert words.count("the teacher's own dev.tsv: acc") == 2
+    assert words.count("(7 examples, remembered)") == 1
 
 
 @pytest.mark.parametrize(
