@@ -71,9 +71,9 @@ Line = dict[str, float]
 class Row:
     """A line of the table: a run of main.py.
 
-    tree: whose main.py. slow: whether it has few steps. epochs: passes over the rows; more than one lets the
-    teacher be remembered. length: of all texts, in tokens; 0 is their own. processes: of one thread each; 0 is
-    what --device_list says, with all their threads.
+    tree: whose main.py. slow: whether it has few steps. epochs: passes over the rows; with more than one the
+    teacher may be remembered, and what a kernel costs at a batch's first shape is over. length: of all texts, in
+    tokens; 0 is their own. processes: of one thread each; 0 is what --device_list says, with all their threads.
     """
 
     title: str
@@ -84,6 +84,11 @@ class Row:
     epochs: int = 1
     length: int = 0
     processes: int = 0
+
+    @property
+    def remembers(self) -> bool:
+        """Whether the teacher is asked beforehand."""
+        return self.epochs > 1 and (KEEP[0] in self.flags or (self.stage == "prediction" and ASK[0] not in self.flags))
 
     @property
     def batch(self) -> int:
@@ -115,8 +120,8 @@ def rows(reference: Path, keeps_states: bool) -> list[Row]:
         elif keeps_states:  # which has no meaning where padding is learned too
             table += [Row("alone: states kept (and longest)", stage, (*LONGEST, *KEEP), slow=True, epochs=2)]
         table += [
-            Row("together: longest, like lengths", stage, (*GROUPED, *ask)),
-            Row("together: and amp", stage, (*FAST, *ask)),
+            Row("together: longest, like lengths", stage, (*GROUPED, *ask), epochs=2),
+            Row("together: and amp", stage, (*FAST, *ask), epochs=2),
         ]
         if prediction:
             table += [Row("together: and teacher remembered", stage, FAST, epochs=2)]
@@ -128,7 +133,7 @@ def rows(reference: Path, keeps_states: bool) -> list[Row]:
 def rows_of_lengths(lengths: Sequence[int]) -> list[Row]:
     """Both stages in the settings for speed, the teacher being asked, on texts of these many tokens."""
     return [
-        Row(f"{length} tokens", stage, (*FAST, *(ASK if stage == "prediction" else ())), length=length)
+        Row(f"{length} tokens", stage, (*FAST, *(ASK if stage == "prediction" else ())), epochs=2, length=length)
         for stage in STAGES
         for length in lengths
     ]
@@ -137,7 +142,7 @@ def rows_of_lengths(lengths: Sequence[int]) -> list[Row]:
 def rows_of_processes(counts: Sequence[int]) -> list[Row]:
     """Likewise in so many processes of one thread, 32 examples a step for each."""
     return [
-        Row(f"{count} x 1 thread", stage, (*FAST, *(ASK if stage == "prediction" else ())), processes=count)
+        Row(f"{count} x 1 thread", stage, (*FAST, *(ASK if stage == "prediction" else ())), epochs=2, processes=count)
         for stage in STAGES
         for count in counts
     ]
@@ -157,22 +162,25 @@ class Figures:
     shares: dict[str, float] = field(default_factory=dict)
 
 
-def speeds(events: list[dict[str, Any]], examples: int, epochs: int, epoch_steps: int) -> tuple[float, float | None]:
+def speeds(
+    events: list[dict[str, Any]], examples: int, epochs: int, epoch_steps: int, remembers: bool
+) -> tuple[float, float | None]:
     """A run's examples a second, and those of the first of several epochs, by its metrics.jsonl.
 
     Args:
         events: in it a `train` line at the end of the first epoch, where there are several.
         examples, epoch_steps: of one epoch.
+        remembers: whether the teacher is asked beforehand.
 
     Raises:
-        UserError: there are several epochs, and the teacher was not remembered.
+        UserError: the teacher was not asked beforehand, though it should have been.
     """
     (end,) = [event for event in events if event["event"] == "end"]
     if epochs == 1:
         return end["fps"], None
     first = next(event["fps"] for event in events if event["event"] == "train" and event["step"] == epoch_steps)
     asked = [event["seconds"] for event in events if event["event"] == "teacher_asked_once"]
-    if not asked:
+    if remembers and not asked:
         raise UserError("the teacher was asked in every step; is there no room for what it says?")
     later = examples * (epochs - 1)
     seconds = end["fps_examples"] / end["fps"] - (end["fps_examples"] - later) / first
@@ -186,7 +194,7 @@ def measure(row: Row, work: Path, flags: argparse.Namespace) -> Figures:
     on_cpu = choose_device(flags.device) == "cpu"
     done, examples = _run(row, steps, work, flags, timed=mine and on_cpu)
     epoch_steps = -(-examples // row.batch)
-    fps, first = speeds(done.events, examples, row.epochs, epoch_steps)
+    fps, first = speeds(done.events, examples, row.epochs, epoch_steps, row.remembers)
     times = done.times
     if mine and not on_cpu:
         short, examples = _run(row, flags.steps, work, flags, timed=True)
