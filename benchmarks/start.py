@@ -3,9 +3,9 @@
     python benchmarks/start.py --data_dir glue_dir/SST-2 --vocabulary general_tinybert
 
 main.py's intermediate stage on the whole of train.tsv and dev.tsv, BERT-base teaching TinyBERT4 with random weights,
-batch 32, maximum length 64, in its default settings: at first, nothing being cached, and once more. The time begins
-when the process is started. The models' files have just been written: a disk that must be read first takes longer.
-Of several repetitions the medians count.
+batch 32, maximum length 64, in its default settings: at first, nothing being cached, and once more, when tokens and
+what the teacher reaches on dev.tsv are remembered. The time begins when the process is started. The models' files
+have just been written: a disk that must be read first takes longer. Of several repetitions the medians count.
 """
 
 from __future__ import annotations

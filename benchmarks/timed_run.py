@@ -55,6 +55,7 @@ _WATCHED: tuple[tuple[Any, str, str], ...] = (
     (jobs, "load_features", "tokenizing"),
     (inference, "load_features", "tokenizing"),
     (DevSets, "judge", "evaluation"),
+    (DevSets, "judge_teacher", "evaluation"),
     (jobs, "ask_once", "asking"),
     (jobs, "keep_states", "asking"),
     (Teacher, "states", "teacher"),

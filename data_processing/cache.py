@@ -145,14 +145,8 @@ class Cache:
         assert self.folder is not None
         entry = self.folder / kind / key
         entry.parent.mkdir(parents=True, exist_ok=True)
-        # Another machine's lock may not be seen, so its beginnings are left alone until they are stale.
-        begun = f"{_TEMPORARY}{key}-{platform.node()}-"
-        for left in entry.parent.glob(f"{begun}*"):
-            if _is_ours(left) and _is_abandoned(left):
-                shutil.rmtree(left, ignore_errors=True)
-        shutil.rmtree(entry, ignore_errors=True)  # broken
         self._make_room(entry, sum(_HEADER + count * dtype.itemsize for count, dtype in arrays.values()))
-        temporary = Path(tempfile.mkdtemp(prefix=begun, dir=entry.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY}{key}{_here()}", dir=entry.parent))
         making = Making(temporary, entry, _locked(temporary))
         try:
             os.chmod(temporary, entry.parent.stat().st_mode)  # mkdtemp lets only its owner in
@@ -169,27 +163,43 @@ class Cache:
         Args:
             newest: an entry that stays.
             needed: the bytes of one that is still to be written; these are to fit on the disk too.
+
+        Raises:
+            OSError: other runs are making entries that leave no room for it.
         """
         assert self.folder is not None
-        entries = []
+        entries, begun = [], 0
         for entry in self.folder.glob("*/*"):
             with suppress(OSError):
                 if not _is_ours(entry):
                     continue
                 used = entry.stat().st_mtime
+                size = sum(file.stat().st_size for file in entry.iterdir())
                 if not entry.name.startswith(_TEMPORARY):
-                    entries.append((used, entry, sum(file.stat().st_size for file in entry.iterdir())))
-                elif time.time() - used > _SECONDS_UNTIL_STALE:
+                    entries.append((used, entry, size))
+                elif time.time() - used > _SECONDS_UNTIL_STALE or (_here() in entry.name and _is_abandoned(entry)):
+                    # Another machine's lock may not be seen, so its beginnings are left until they are stale.
                     shutil.rmtree(entry, ignore_errors=True)
-        total = sum(size for _, _, size in entries)
+                else:
+                    begun += size
+        if needed and needed + begun > self.limit:
+            raise OSError(errno.EDQUOT, "other runs are writing there what --cache_limit allows", str(self.folder))
+        total = begun + sum(size for _, _, size in entries)
         limit = self.limit
-        if needed and needed <= (most := total + shutil.disk_usage(self.folder).free):  # else it fits in no case
+        if needed and needed + begun <= (
+            most := total + shutil.disk_usage(self.folder).free
+        ):  # else it fits in no case
             limit = min(self.limit, most) - needed
         for _, entry, size in sorted(entries, key=lambda found: found[0]):
             if total <= limit or entry == newest:
                 break
             shutil.rmtree(entry, ignore_errors=True)
             total -= size
+
+
+def _here() -> str:
+    """Stands in the names of this machine's beginnings that hold a lock."""
+    return f"-{platform.node()}-"
 
 
 @dataclass
@@ -214,8 +224,14 @@ class Making:
             with file.open("rb+") as opened:
                 os.fsync(opened.fileno())
         shutil.rmtree(self._entry, ignore_errors=True)  # broken, or just made by another run
-        os.rename(self.folder, self._entry)
-        self._end()
+        try:
+            os.rename(self.folder, self._entry)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            self.discard()  # another run has just made the same
+        else:
+            self._end()
 
     def discard(self) -> None:
         """Removes what there is of it, unless it was kept."""

@@ -221,7 +221,7 @@ def _add_devices(parser: argparse.ArgumentParser, entry: Entry) -> None:
     group.add_argument("--port", type=int, help="its port (default: a free one)")
     group.add_argument("--amp", action="store_true", help="mixed precision")
     group.add_argument("--opt_level", choices=("O0", "O1", "O2", "O3"), default="O1", help="of mixed precision")
-    group.add_argument("--loss_scale", default="128", help="a number; dynamic or -1 for dynamic scaling")
+    group.add_argument("--loss_scale", default="128", help="of fp16: a number; dynamic or -1 for dynamic scaling")
     group.add_argument(
         "--amp_dtype",
         choices=("auto", "bf16", "fp16"),

@@ -135,13 +135,15 @@ def _teach(options: Options, process: Process, parts: TrainingParts, log: RunLog
             and schedule.total_steps(plan.steps_per_epoch) > plan.steps_per_epoch
         )
         keeps_states = isinstance(stage, IntermediateStage) and options.keep_teacher_states
-        remembers = asked_once or keeps_states or not options.performance
+        remembers = options.cache.folder is not None and (asked_once or keeps_states or not options.performance)
         weights = weights_digest(parts.teacher.model) if remembers else ""
         teacher = parts.teacher.model.to(process.device)
         precision.prepare_frozen(teacher)
-        judged_teacher = (
-            {} if options.performance else dev.judge_teacher(teacher, weights, padding, options, process, precision)
-        )
+        judged_teacher = {}
+        if options.ask_teacher_always and not options.performance:
+            judged_teacher = dev.judge(teacher, padding, process, precision)
+        elif not options.performance:
+            judged_teacher = dev.judge_teacher(teacher, weights, padding, options, process, precision)
         for name, judged in judged_teacher.items():
             logger.info("the teacher's own %s", shown(name, judged))
             log.record("teacher", file=name, **judged.metrics)

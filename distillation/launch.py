@@ -67,6 +67,8 @@ def run_entry(prog: str, entry: Callable[[Sequence[str]], None]) -> int:
     except UserError as error:
         if not _under_torchrun() or os.environ["LOCAL_RANK"] == "0":
             print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        if _under_torchrun():
+            leave(USER_ERROR_STATUS)
         return USER_ERROR_STATUS
     except RunFailed as error:
         print(f"{prog}: {error}", file=sys.stderr)

@@ -12,6 +12,8 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,7 @@ from distillation.logs import clock
 from distillation.options import Options
 from distillation.precision import Precision
 from distillation.teacher_states import KeptStates, Question, find_or_ask
+from transformer import frozen, heads, modeling
 from transformer.heads import TinyBertForSequenceClassification, TinyBertOutput
 
 logger = logging.getLogger(__name__)
@@ -179,6 +182,7 @@ def _key(
     """A digest of all that a teacher's answers depend on."""
     return digest(
         version=_CACHED_FORM,
+        code=_code(),
         weights=weights,
         config=model.config.to_json(),
         tokens=features.tokens,
@@ -190,6 +194,12 @@ def _key(
         torch=torch.__version__,
         **wanted,
     )
+
+
+@cache
+def _code() -> bytes:
+    """What computes a teacher's answers: after a change of it none of the old ones count."""
+    return b"".join(Path(str(module.__file__)).read_bytes() for module in (modeling, heads, frozen))
 
 
 def weights_digest(model: TinyBertForSequenceClassification) -> str:

@@ -19,14 +19,14 @@ class PackedLinear(nn.Module):
     """A linear layer in bf16, and the activation after it; it has no parameters and gives no gradients.
 
     Args:
-        linear: whose weights are taken.
+        linear: whose weights and bias are taken.
         hidden_act: an activation of `_FUSED`, or None for none.
     """
 
     def __init__(self, linear: nn.Linear, hidden_act: str | None = None) -> None:
         super().__init__()
         self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().bfloat16().contiguous())
-        self._bias = None if linear.bias is None else linear.bias.detach().bfloat16()
+        self._bias = linear.bias.detach().bfloat16()
         self._activation, self._form = _FUSED[hidden_act] if hidden_act else ("none", "")
 
     def forward(self, input: Tensor) -> Tensor:
@@ -50,13 +50,19 @@ def can_pack() -> bool:
 def pack(model: nn.Module) -> None:
     """Puts packed layers in the places of a frozen model's linear layers, whose parameters it then no longer has.
 
+    A decoder that shares its weights with the embeddings, and so has no bias of its own, stays as it is.
+
     Args:
         model: on a CPU; its `config` names the activation.
     """
-    hidden_act = model.config.hidden_act  # type: ignore[union-attr]
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, BertIntermediate) and hidden_act in _FUSED:
-                setattr(module, name, PackedLinear(child.dense, hidden_act))  # type: ignore[arg-type]
-            elif isinstance(child, nn.Linear):
-                setattr(module, name, PackedLinear(child))
+    _pack(model, model.config.hidden_act)  # type: ignore[union-attr, arg-type]
+
+
+def _pack(module: nn.Module, hidden_act: str) -> None:
+    for name, child in list(module.named_children()):
+        if isinstance(child, BertIntermediate) and hidden_act in _FUSED:
+            setattr(module, name, PackedLinear(child.dense, hidden_act))
+        elif isinstance(child, nn.Linear) and child.bias is not None:
+            setattr(module, name, PackedLinear(child))
+        else:
+            _pack(child, hidden_act)

@@ -247,12 +247,17 @@ def _can_fuse(part: _Part) -> bool:
     )
 
 
+def _sees_values(device: torch.device) -> bool:
+    """Whether a number on the device can be looked at without waiting for it."""
+    return device.type == "cpu"
+
+
 def _move_fused(
     divided: Sequence[tuple[_Part, Tensor]], rate: float, group: Mapping[str, Any], skip: Tensor | None
 ) -> None:
     """A step of all of them in a single pass: torch's AdamW at a step so late that it corrects no bias."""
     device = divided[0][0].weights.device
-    if device.type == "cpu":  # where it costs nothing to see which are to be divided
+    if _sees_values(device):
         clipped = [(part, divisor) for part, divisor in divided if float(divisor) != 1.0]
     else:
         clipped = list(divided)

@@ -289,3 +289,41 @@ def test_a_beginning_that_is_worked_on_is_not_stale(tmp_path):
     cache.put("features", key(2), {"x": np.zeros(3)})
     making.keep()
     assert cache.get("features", key(1), ["x"])["x"].tolist() == [1, 0, 0, 0, 0, 0]
+
+
+def test_what_a_dead_process_has_begun_goes_whatever_its_key(tmp_path):
+    """A stopped run has reserved gigabytes; whoever keeps anything next removes them."""
+    begun = tmp_path / "teacher_states" / f"making-{key(1)}-{platform.node()}-abc"
+    begun.mkdir(parents=True)
+    (begun / "hidden.npy").write_bytes(b"0" * 1000)
+    elsewhere = begun.with_name(f"making-{key(1)}-another.machine-abc")
+    elsewhere.mkdir()
+    Cache(tmp_path, LARGE).put("features", key(2), {"x": np.zeros(3)})
+    assert not begun.exists()
+    assert elsewhere.exists()
+
+
+def test_runs_at_the_same_time_stay_within_the_limit_together(tmp_path):
+    cache = Cache(tmp_path, 2000)
+    first = cache.make("features", key(1), {"x": (150, np.dtype(np.float64))})
+    with pytest.raises(OSError, match="other runs are writing there what --cache_limit allows"):
+        cache.make("features", key(2), {"x": (150, np.dtype(np.float64))})
+    first.discard()
+    cache.make("features", key(2), {"x": (150, np.dtype(np.float64))}).keep()
+
+
+def test_two_runs_that_keep_the_same_entry_leave_one(tmp_path, monkeypatch):
+    """The other is done between the moment in which the old entry goes and the one in which ours would come."""
+    cache = Cache(tmp_path, LARGE)
+    ours, theirs = (cache.make("features", key(1), {"x": (3, np.dtype(np.float32))}) for _ in range(2))
+    rename = os.rename
+
+    def late(source, target):
+        monkeypatch.setattr(os, "rename", rename)
+        theirs.keep()
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", late)
+    ours.keep()
+    assert [entry.name for entry in (tmp_path / "features").iterdir()] == [key(1)]
+    assert cache.get("features", key(1), ["x"])["x"].shape == (3,)

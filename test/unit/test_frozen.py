@@ -13,7 +13,7 @@ from transformer.configuration import BertConfig
 from transformer.heads import TinyBertForSequenceClassification
 
 CPU = torch.device("cpu")
-needs_bf16 = pytest.mark.skipif(not frozen.can_pack(), reason="this processor has no bf16 instructions")
+needs_bf16 = pytest.mark.skipif(not precision.cpu_has_bf16(), reason="this processor has no bf16 instructions")
 
 
 def model(hidden_act: str = "gelu") -> TinyBertForSequenceClassification:
@@ -46,6 +46,7 @@ def asked(built: nn.Module, batch: int, length: int, amp: bool = True):
 @pytest.mark.parametrize(("batch", "length"), [(1, 1), (3, 5), (8, 16)])
 def test_packed_layers_say_what_the_plain_ones_say(hidden_act, batch, length, monkeypatch):
     """Both in bf16; a fused activation rounds once less."""
+    assert frozen.can_pack()
     mixed = TorchMixedPrecision(CPU, torch.bfloat16, "O1", 128.0)
     exact = model(hidden_act)
     packed, plain = copy.deepcopy(exact), copy.deepcopy(exact)

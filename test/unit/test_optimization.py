@@ -263,13 +263,15 @@ def test_settings_out_of_range_are_refused(settings, message):
 
 @pytest.mark.parametrize("scale", [1e-3, 10.0], ids=["below the clip", "above the clip"])
 @pytest.mark.parametrize("decay", [0.0, 0.3])
-def test_the_fused_step_equals_the_plain_one(monkeypatch, scale, decay):
+@pytest.mark.parametrize("sees", [True, False], ids=["cpu", "as on a gpu"])
+def test_the_fused_step_equals_the_plain_one(monkeypatch, scale, decay, sees):
+    monkeypatch.setattr("transformer.optimization._sees_values", lambda _: sees)
     start = random_tensors((300, 40), (7,), ())
     steps = [random_tensors((300, 40), (7,), (), scale=scale * 10**-n, seed=n + 1) for n in range(5)]
     fused, plain = parameters(*start), parameters(*start)
-    run(BertAdam(fused, lr=0.1, schedule="none", weight_decay=decay), fused, steps)
+    run(BertAdam(fused, lr=0.1, schedule="none", weight_decay=decay), fused, steps, grad_scale=4.0)
     monkeypatch.setattr("transformer.optimization._can_fuse", lambda _: False)
-    run(BertAdam(plain, lr=0.1, schedule="none", weight_decay=decay), plain, steps)
+    run(BertAdam(plain, lr=0.1, schedule="none", weight_decay=decay), plain, steps, grad_scale=4.0)
     for one, other in zip(fused, plain, strict=True):
         assert_close(one.detach(), other.detach(), atol=1e-6, rtol=1e-6)
 

@@ -202,6 +202,24 @@ class TestStarting:
         assert done.status == 0, done.err
         assert done.out.count("the model is in") == 1
 
+    def test_processes_of_torchrun_that_fail_leave_so_too(self, tmp_path: Path) -> None:
+        """Each tells by its status alone; the mistake is met after the processes have exchanged something."""
+        place = Golden("sst2_small").workplace(tmp_path / "place")
+        (tmp_path / "sitecustomize.py").write_text(
+            "import atexit, os\nif 'RANK' in os.environ:\n    atexit.register(print, 'Python came to its end')\n",
+            encoding="utf-8",
+        )
+        torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+        done = command(
+            *torchrun,
+            str(ROOT / "main.py"),
+            *place.flags(aug_train=True),
+            cwd=tmp_path,
+            PYTHONPATH=str(tmp_path),
+        )
+        assert done.err.count("train_aug.tsv: not found") == 1
+        assert "Python came to its end" not in done.out
+
     def test_a_port_in_use_is_told(self, tmp_path: Path) -> None:
         place = Golden("sst2_small").workplace(tmp_path)
         with socket.socket() as taken:
