@@ -8,11 +8,9 @@ from pathlib import Path
 import pytest
 from cases import ROOT, Golden, call, command
 
-import main
 from benchmarks import features, inference, loading, memory, start, throughput, timed_run
 from benchmarks.common import forget_peak, make_data, numbers, peak, resident
 from benchmarks.throughput import Figures, Row
-from distillation.flags import build_parser
 from transformer.errors import UserError
 
 KEEP = "--keep_teacher_states"
@@ -240,7 +238,6 @@ def test_throughput_prints_its_rows_and_medians(folders):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no other revision is at hand")
-@pytest.mark.skipif(KEEP not in build_parser(main.ENTRY).format_help(), reason=f"main.py has no {KEEP}")
 def test_throughput_compares_with_another_revision_which_nothing_times(folders):
     flags = ("--size", "tiny", "--steps", "2", "--stage", "intermediate", "--only", "alone: states kept")
     _, reference, kept = table("throughput.py", *folders, *flags, "--reference_revision", "HEAD")
