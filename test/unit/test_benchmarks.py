@@ -13,7 +13,6 @@ from benchmarks.common import forget_peak, make_data, numbers, peak, resident
 from benchmarks.throughput import Figures, Row
 from transformer.errors import UserError
 
-KEEP = "--keep_teacher_states"
 COMMANDS = {
     "throughput.py": throughput.main,
     "inference.py": inference.main,
