@@ -46,7 +46,7 @@ from transformer.errors import UserError
 SETTINGS = {
     "reference settings": (*REFERENCE, *ASK),
     "defaults of main.py": (),
-    "--group_by_length --amp": ("--group_by_length", "--amp"),
+    "--amp": ("--amp",),
 }
 
 

@@ -59,8 +59,8 @@ from distillation.launch import run_entry
 from transformer.errors import UserError
 from transformer.tokenization import BertTokenizer
 
-LONGEST = ("--padding", "longest")
-GROUPED = (*LONGEST, "--group_by_length")
+GROUPED = ("--padding", "longest")
+LONGEST = (*GROUPED, "--no-group_by_length")
 FAST = (*GROUPED, "--amp")
 KEEP = ("--keep_teacher_states",)
 BATCH = 32

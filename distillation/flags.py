@@ -156,8 +156,8 @@ def _add_data(parser: argparse.ArgumentParser, entry: Entry) -> None:
     )
     group.add_argument(
         "--group_by_length",
-        action="store_true",
-        help="put examples of like length into a batch: faster with --padding longest",
+        action=argparse.BooleanOptionalAction,
+        help="put examples of like length into a batch, which is faster (default: with --padding longest)",
     )
     group.add_argument("-j", "--workers", type=int, default=4, help="threads that prepare batches ahead")
 

@@ -119,6 +119,8 @@ def parse_options(arguments: Sequence[str], entry: Entry) -> Options:
     if values["fps_acc_dir"] is None:
         assert entry.fps_acc_dir is not None  # the parser requires the flag elsewhere
         values["fps_acc_dir"] = entry.fps_acc_dir / task.name
+    if values["group_by_length"] is None:  # the same order as the original's where its arithmetic is asked for
+        values["group_by_length"] = values["padding"] == "longest"
     if values["predict_file"] is not None and stage is not Stage.PREDICTIONS:
         raise UserError("--predict_file names what --do_predict reads; give both")
     values["cache"] = _cache(values["cache_dir"], values["cache_limit"])

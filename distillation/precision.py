@@ -41,12 +41,14 @@ class Precision:
     bucket_views: whether gradients may be views of the buffers in which processes exchange them.
     waits: whether a step must see at once if a gradient is finite (`step`), since one that is not only means
         another loss scale; otherwise the device need not be waited for (`step_unseen`).
+    takes_sparse_gradients: whether a gradient may hold some rows of its parameter only.
     """
 
     name = "fp32"
     dynamic = False
     bucket_views = True
     waits = False
+    takes_sparse_gradients = True
 
     def __init__(self) -> None:
         self.skipped = 0
@@ -222,6 +224,7 @@ class ApexMixedPrecision(Precision):
 
     waits = True
     bucket_views = False  # apex detaches gradients in place, which views refuse
+    takes_sparse_gradients = False
 
     def __init__(self, amp: ModuleType, level: str, loss_scale: float | None) -> None:
         super().__init__()

@@ -2,7 +2,7 @@
 # A task from beginning to end: fine-tunes a teacher, takes a student through both stages, evaluates both, shows
 # the student at work. Any task of GLUE, or your own:
 #     TASK_NAME=RTE bash test/pipeline.sh
-#     TASK_FILE=reviews.json BERT_MODEL=my_bert STUDENT_MODEL=my_student bash test/pipeline.sh --amp --group_by_length
+#     TASK_FILE=reviews.json BERT_MODEL=my_bert STUDENT_MODEL=my_student bash test/pipeline.sh --amp
 # What a part has made is kept: run again, after a stop too, it goes on with the first part that is not done. Flags
 # that follow the script's name go to training and evaluation (task_distill.py --help).
 #

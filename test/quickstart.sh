@@ -56,7 +56,7 @@ mkdir -p "$dir"
 touch "$dir/made_by_quickstart"
 
 train=("$python" main.py --task_name SST-2 --data_dir "$dir/data" --fps_acc_dir "$dir/output"
-    --do_lower_case --max_seq_length "$max_seq_length" --group_by_length --eval_step "$eval_step"
+    --do_lower_case --max_seq_length "$max_seq_length" --eval_step "$eval_step"
     --device "${DEVICE:-auto}" --amp --cache_dir "$dir/cache" --overwrite_output_dir)
 
 part "data: labelled Rotten Tomatoes snippets in SST-2's form"

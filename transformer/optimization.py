@@ -94,6 +94,7 @@ class BertAdam(Optimizer):
         if e < 0:
             raise ValueError(f"e is {e}, expected 0 or more")
         self.steps_taken = 0
+        self._rows: dict[Tensor, _KeptRows] = {}
         super().__init__(
             params,
             {
@@ -139,8 +140,8 @@ class BertAdam(Optimizer):
         return group["lr"] * SCHEDULES[group["schedule"]](step / group["t_total"], max(group["warmup"], 0.0))
 
     def gradients(self) -> list[Tensor]:
-        """The gradients of all parameters that have one, in the groups' order."""
-        return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        """The gradients of all parameters that have one, in the groups' order; of a sparse one the rows it has."""
+        return [_rows_of(p) for group in self.param_groups for p in group["params"] if p.grad is not None]
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -173,7 +174,8 @@ class BertAdam(Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     state = self._state_of(parameter)
-                    part = _Part(parameter, parameter.grad, state["next_m"], state["next_v"], next(known))
+                    gradient, rows = _rows_of(parameter), self._kept_rows(parameter)
+                    part = _Part(parameter, gradient, state["next_m"], state["next_v"], next(known), rows)
                     together.setdefault((state["step"], parameter.device), []).append(part)
                     state["step"] += 1
             for (step, _), parts in together.items():
@@ -191,6 +193,52 @@ class BertAdam(Optimizer):
             state["next_v"] = torch.zeros_like(parameter, dtype=exact, memory_format=torch.contiguous_format)
         return state
 
+    def _kept_rows(self, parameter: Tensor) -> _KeptRows | None:
+        """Where a sparse gradient is made dense; not part of the state, for between steps it is 0."""
+        assert parameter.grad is not None  # the caller has looked
+        if not parameter.grad.is_sparse:
+            return None
+        return self._rows.setdefault(parameter, _KeptRows(parameter))
+
+
+def _rows_of(parameter: Tensor) -> Tensor:
+    """A parameter's gradient; of a sparse one the rows it has, each once."""
+    gradient = parameter.grad
+    assert gradient is not None  # the caller has looked
+    if not gradient.is_sparse:
+        return gradient
+    parameter.grad = gradient.coalesce()
+    return parameter.grad.values()
+
+
+class _KeptRows:
+    """Some rows of a gradient in a dense tensor that is kept from step to step and is 0 elsewhere.
+
+    A step of a vocabulary's embeddings meets a few hundred of its 30,522 rows: so neither zeros are written
+    for all, nor is their norm looked for among them.
+    """
+
+    def __init__(self, parameter: Tensor) -> None:
+        self._parameter = parameter
+        self._dense: Tensor | None = None
+
+    def dense(self, rows: Tensor) -> Tensor:
+        """The gradient, whose own rows are these; to be cleared before the next."""
+        if self._dense is None:
+            self._dense = torch.zeros_like(self._parameter, memory_format=torch.contiguous_format)
+        return self._dense.index_copy_(0, self._numbers, rows)
+
+    def clear(self) -> None:
+        """Makes the rows 0 again."""
+        if self._dense is not None:
+            self._dense.index_fill_(0, self._numbers, 0.0)
+
+    @property
+    def _numbers(self) -> Tensor:
+        gradient = self._parameter.grad
+        assert gradient is not None  # it is moved by it
+        return gradient.indices()[0]
+
 
 class _Part(NamedTuple):
     """A tensor that moves, and what it moves by."""
@@ -200,6 +248,11 @@ class _Part(NamedTuple):
     mean: Tensor
     variance: Tensor
     norm: Tensor  # the gradient's, a scalar
+    rows: _KeptRows | None = None  # where the gradient is but some of its rows
+
+    def dense(self) -> Tensor:
+        """The gradient of all of the weights."""
+        return self.gradient if self.rows is None else self.rows.dense(self.gradient)
 
 
 def _move(
@@ -218,6 +271,9 @@ def _move(
     for part, divisor in divided:
         if not _can_fuse(part):
             _move_plainly(part, divisor, rate, group, skip)
+    for part in parts:
+        if part.rows is not None:
+            part.rows.clear()
 
 
 def gradient_norms(gradients: Sequence[Tensor]) -> list[Tensor]:
@@ -229,8 +285,8 @@ def _move_plainly(part: _Part, divisor: Tensor, rate: float, group: Mapping[str,
     """One tensor's step, in torch's own operations: for any device and type, and what `_move_fused` must equal."""
     if skip is not None and bool(skip):
         return
-    weights, gradient, mean, variance, _ = part
-    gradient = gradient.to(mean.dtype) / divisor
+    weights, mean, variance = part.weights, part.mean, part.variance
+    gradient = part.dense().to(mean.dtype) / divisor
     mean.mul_(group["b1"]).add_(gradient, alpha=1 - group["b1"])
     variance.mul_(group["b2"]).addcmul_(gradient, gradient, value=1 - group["b2"])
     update = mean / variance.sqrt().add_(group["e"])
@@ -266,7 +322,7 @@ def _move_fused(
     late = torch.full((), _LATE, device=device)
     torch._fused_adamw_(
         [part.weights for part, _ in divided],
-        [part.gradient for part, _ in divided],
+        [part.dense() for part, _ in divided],
         [part.mean for part, _ in divided],
         [part.variance for part, _ in divided],
         [],

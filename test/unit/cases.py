@@ -248,6 +248,16 @@ class Workplace:
         return [event[name] for event in self.events("train")]
 
 
+def next_run(place: Workplace, name: str, **folders) -> Workplace:
+    """The same folders, with output folders of another run."""
+    later = Workplace(place.folder, place.task, place.max_seq_length)
+    later.teacher, later.student, later.data = place.teacher, place.student, place.data
+    later.model, later.output = place.folder / f"{name}_model", place.folder / f"{name}_output"
+    for role, folder in folders.items():
+        setattr(later, role, folder)
+    return later
+
+
 def call(entry: Callable[[Sequence[str]], None], flags: Sequence[str], prog: str = "main.py") -> Run:
     """Runs an entry in this process as the command line would."""
     out, err = io.StringIO(), io.StringIO()

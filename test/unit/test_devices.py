@@ -49,6 +49,7 @@ def test_a_whole_run_equals_the_cpus(
     monkeypatch.setattr("transformer.modeling._has_cpu_kernels", lambda _: False)
     monkeypatch.setattr("transformer.optimization._can_fuse", lambda _: False)
     monkeypatch.setattr("transformer.frozen.can_pack", lambda: False)
+    monkeypatch.setattr("distillation.precision.Precision.takes_sparse_gradients", False)
     place.run(**settings, output_dir=place.folder / "cpu", fps_acc_dir=place.folder / "cpu_logs")
     done, calls = on_npu(place, **settings)
     assert done.status == 0, done.err

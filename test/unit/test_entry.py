@@ -1,7 +1,5 @@
 """main.py from end to end on tiny cases: every kind of run, what it writes, and what it must leave alone."""
 
-import dataclasses
-import re
 import threading
 from pathlib import Path
 
@@ -11,7 +9,6 @@ import torch
 from cases import (
     ROOT,
     Golden,
-    Workplace,
     assert_close,
     assert_same_weights,
     call,
@@ -19,6 +16,7 @@ from cases import (
     edit_config,
     edit_weights,
     linear,
+    next_run,
     read_bin,
     weights_of,
     write_rows,
@@ -26,25 +24,10 @@ from cases import (
 
 import main
 from data_processing.batching import Padding
-from data_processing.cache import Cache, default_folder
-from distillation import trainer
-from distillation.flags import build_parser
-from distillation.logs import FpsMeter
-from distillation.options import Options, Stage, parse_options
 from transformer.configuration import BertConfig
 from transformer.heads import TinyBertForSequenceClassification
 
 HEADER = ["sentence", "label"]
-
-
-def next_run(place: Workplace, name: str, **folders) -> Workplace:
-    """The same folders, with output folders of another run."""
-    later = Workplace(place.folder, place.task, place.max_seq_length)
-    later.teacher, later.student, later.data = place.teacher, place.student, place.data
-    later.model, later.output = place.folder / f"{name}_model", place.folder / f"{name}_output"
-    for role, folder in folders.items():
-        setattr(later, role, folder)
-    return later
 
 
 def under(keys, prefixes: tuple[str, ...]) -> set[str]:
@@ -168,80 +151,6 @@ def test_workers_prepare_batches(sst2, monkeypatch, workers):
     assert ("batches" in threads) == (workers > 0)
 
 
-@pytest.mark.parametrize(
-    ("task", "flags", "epochs", "length"),
-    [
-        ("SST-2", [], 10, 64),
-        ("sst-2", ["--pred_distill"], 3, 64),
-        ("SST-2", ["--num_train_epochs", "2", "--max_seq_length", "32"], 2, 32),
-        ("MNLI", [], 3, 64),
-        ("mnli", ["--pred_distill"], 3, 64),
-    ],
-)
-def test_task_defaults_act_where_no_flag_is_given(task, flags, epochs, length):
-    """Trap 12. main.py has only SST-2's."""
-    options = options_of("--task_name", task, *flags)
-    assert (options.num_train_epochs, options.max_seq_length) == (epochs, length)
-
-
-def options_of(*flags: str) -> Options:
-    folders = ["--data_dir", "d", "--teacher_model", "t", "--student_model", "s", "--output_dir", "o"]
-    return parse_options([*folders, "--fps_acc_dir", "f", *flags], main.ENTRY)
-
-
-def test_flags_have_the_originals_names_and_defaults():
-    options = options_of("--task_name", "MNLI")
-    expected = {
-        "data_url": "",
-        "max_seq_length": 64,
-        "do_lower_case": None,
-        "train_batch_size": 32,
-        "eval_batch_size": 32,
-        "learning_rate": 5e-5,
-        "weight_decay": 0.01,
-        "num_train_epochs": 3.0,
-        "warmup_proportion": 0.1,
-        "seed": 42,
-        "gradient_accumulation_steps": 1,
-        "temperature": 1.0,
-        "amp": False,
-        "opt_level": "O1",
-        "loss_scale": 128.0,
-        "aug_train": False,
-        "eval_step": 100,
-        "workers": 4,
-        "device": "auto",
-        "device_list": (0,),
-        "addr": "127.0.0.1",
-        "port": None,
-        "performance": False,
-        "output_txt_step": 100,
-        "transfer_learning": False,
-        "padding": "longest",
-        "overwrite_output_dir": False,
-    }
-    assert expected.items() <= dataclasses.asdict(options).items()
-    assert options.stage is Stage.INTERMEDIATE
-    assert options.cache == Cache(default_folder(), 20_000_000_000)
-    assert options_of("--task_name", "MNLI", "--cache_dir", "c").cache.folder == Path("c")
-    assert options_of("--task_name", "MNLI", "--cache_dir", "c", "--cache_limit", "0").cache.folder is None
-    assert options_of("--task_name", "MNLI", "--wd", "0.3", "-j", "2").weight_decay == 0.3
-    assert options_of("--task_name", "MNLI", "-j", "2").workers == 2
-    for dynamic in ("dynamic", "-1", "-1.0"):
-        assert options_of("--task_name", "MNLI", "--loss_scale", dynamic).loss_scale is None
-
-
-def test_every_flag_is_explained():
-    unexplained = [action.dest for action in build_parser(main.ENTRY)._actions if not action.help]
-    assert unexplained == []
-
-
-def test_help_promises_no_default_that_is_none():
-    words = build_parser(main.ENTRY).format_help()
-    assert "default: None" not in words
-    assert "(default: 5e-05)" in words
-
-
 def test_padding_counts_only_where_it_is_asked_for(sst2):
     """Trap 13: with the same sentences, the room beside them changes no loss of the default padding."""
     write_rows(sst2.data / "train.tsv", [HEADER, ["a warm film .", "1"], ["a dull film with awful acting", "0"]])
@@ -268,24 +177,6 @@ def test_evaluations_come_once_a_step_and_at_the_end(sst2, accumulation):
     assert [event["step"] for event in sst2.events("eval")] == [4, 6]
 
 
-def test_fps_counts_the_examples_that_were_trained(sst2, monkeypatch):
-    """Trap 16: not the evaluation's batch size, nor a micro-batch's; evaluation and saving are told beside it."""
-    counted = []
-    count = FpsMeter.count
-    monkeypatch.setattr(FpsMeter, "count", lambda meter, examples: (counted.append(examples), count(meter, examples)))
-    sst2.run(
-        pred_distill=True,
-        train_batch_size=3,
-        eval_batch_size=100,
-        gradient_accumulation_steps=3,
-        num_train_epochs=2,
-    )
-    assert counted == [3, 3, 2] * 2
-    aside = sst2.events("end")[0]["seconds_aside"]
-    assert aside.keys() == {"evaluation", "saving"}
-    assert min(aside.values()) > 0
-
-
 @pytest.mark.parametrize("pred_distill", [False, True])
 def test_a_run_shorter_than_an_eval_step_is_saved(sst2, pred_distill):
     """Trap 18."""
@@ -298,82 +189,6 @@ def test_a_run_shorter_than_an_eval_step_is_saved(sst2, pred_distill):
 def test_the_last_step_is_evaluated_once_where_it_is_an_eval_step(sst2):
     sst2.run(pred_distill=True, train_batch_size=4, num_train_epochs=2, eval_step=2)
     assert [event["step"] for event in sst2.events("eval")] == [2, 4]
-
-
-@pytest.mark.parametrize("stage", [{}, {"pred_distill": True}], ids=["intermediate", "prediction"])
-def test_performance_mode_ends_the_whole_run(sst2, monkeypatch, stage):
-    """Trap 26: in the original only the inner loop ends, and at 1100. The files are written."""
-    assert trainer.PERFORMANCE_STEPS == 1000
-    monkeypatch.setattr(trainer, "PERFORMANCE_STEPS", 7)
-    words = sst2.run(**stage, performance=True, train_batch_size=4, num_train_epochs=50, eval_step=1000).out
-    assert words.splitlines()[-1] == "End performance testing. Ready to exit."
-    assert sst2.series("step")[-1] == 7  # in the fourth epoch
-    (end,) = sst2.events("end")
-    assert end["steps"] == 7
-    assert end["fps"] > 0
-    assert read_bin(sst2.model)
-    number = 2 if stage else 1
-    lines = (sst2.output / f"train_performance_1p_{number}.txt").read_text(encoding="utf-8").splitlines()
-    assert len(lines) == 7
-    # The rate's schedule is still that of the whole stage: 50 epochs of 2 steps.
-    assert sst2.series("learning_rate")[-1] == pytest.approx(5e-5 * (6 / 10 if stage else 1))
-
-
-def test_logs_have_the_scripts_names_and_lines(sst2):
-    """Stage 2 has the accuracy once it is known; a second run is appended (trap 17)."""
-    flags = {"train_batch_size": 4, "num_train_epochs": 2, "output_txt_step": 2}
-    sst2.run(**flags)
-    next_run(sst2, "second", output=sst2.output).run(pred_distill=True, eval_step=3, **flags)
-    next_run(sst2, "third", output=sst2.output).run(pred_distill=True, eval_step=3, **flags)
-    first = (sst2.output / "train_full_1p_1.txt").read_text(encoding="utf-8").splitlines()
-    second = (sst2.output / "train_full_1p_2.txt").read_text(encoding="utf-8").splitlines()
-    fps, acc = r"FPS\d+\.\d\d ", r"acc[01]\.\d{4}"
-    expected = [rf"\[CPU:0\]  epoch {epoch} step1 {fps}" for epoch in range(2)]
-    assert all(map(re.fullmatch, expected, first)), first
-    assert len(first) == 2
-    expected[1] += acc  # the first evaluation is after step 3
-    assert all(map(re.fullmatch, expected * 2, second)), second
-    assert len(second) == 4
-    assert {path.name for path in sst2.output.iterdir()} == {
-        "train_full_1p_1.txt",
-        "train_full_1p_2.txt",
-        "metrics.jsonl",
-        "debug_layer_loss.log",
-    }
-
-
-def test_lines_come_each_output_txt_step_however_short_an_epoch_is(sst2):
-    """RTE's epochs of 78 steps would never write one at the default, 100."""
-    sst2.run(train_batch_size=4, num_train_epochs=6, output_txt_step=5)
-    assert sst2.series("step") == [5, 10, 12]  # the last step has a line always
-    lines = (sst2.output / "train_full_1p_1.txt").read_text(encoding="utf-8").splitlines()
-    assert [line.split("FPS")[0] for line in lines] == [
-        f"[CPU:0]  epoch {e} step{n} " for e, n in ((2, 0), (4, 1), (5, 1))
-    ]
-
-
-@pytest.mark.parametrize(
-    ("flags", "name"),
-    [
-        ({"do_eval": True, "teacher_model": None}, "train_eval_1p"),
-        ({"do_finetune": True, "student_model": None}, "train_teacher_1p"),
-        ({"transfer_learning": True}, "train_finetune_1p_1"),
-        ({"transfer_learning": True, "pred_distill": True}, "train_finetune_1p_2"),
-    ],
-)
-def test_other_runs_log_under_names_of_their_own(sst2, flags, name):
-    sst2.run(**flags)
-    assert f"{name}.txt" in {path.name for path in sst2.output.iterdir()}
-
-
-def test_the_teachers_own_metric_is_told_before_training(sst2):
-    golden = Golden("sst2_small")
-    right = golden.figures["teacher_logits"].argmax(axis=1) == golden.figures["feat_label_ids"]
-    words = sst2.run().out.splitlines()
-    (line,) = [n for n, line in enumerate(words) if line.startswith("the teacher's own dev.tsv: acc")]
-    assert f"acc {right.mean():.4f}" in words[line]
-    metrics = (sst2.output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [line.split('"event": "')[1].split('"')[0] for line in metrics] == ["teacher", "train", "end"]
 
 
 @pytest.mark.parametrize("head", [None, "relu", "linear"])
