@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from data_processing.addresses import Address, hidden, is_address, parse_address
 from transformer.errors import UserError
 
 
@@ -47,6 +48,15 @@ def path(text: str) -> Path:
     return Path(text)
 
 
+def place(text: str) -> Path | Address:
+    """A folder that a flag names, or the address of an archive of it.
+
+    Raises:
+        UserError: it can be neither.
+    """
+    return parse_address(text) if is_address(text) else path(text)
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the defaults that there are."""
 
@@ -58,7 +68,7 @@ class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose mistakes are UserErrors, so that they are told as one line."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
+        raise UserError(f"{hidden(message)} (see --help)")
 
 
 def build_parser(entry: Entry) -> argparse.ArgumentParser:
@@ -106,13 +116,16 @@ def build_parser(entry: Entry) -> argparse.ArgumentParser:
 def _add_folders(parser: argparse.ArgumentParser, entry: Entry) -> None:
     group = parser.add_argument_group("folders")
     if entry.tasks is None:
-        group.add_argument("--data_dir", type=path, help="folder of the task's files (default: that of --task_file)")
+        group.add_argument("--data_dir", type=place, help="folder of the task's files (default: that of --task_file)")
     else:
-        group.add_argument("--data_dir", required=True, type=path, help="folder of the task's .tsv files")
+        group.add_argument("--data_dir", required=True, type=place, help="folder of the task's .tsv files")
     group.add_argument(
-        "--teacher_model", type=path, help="folder of config.json, weights, and vocab.txt or tokenizer.json"
+        "--teacher_model",
+        type=place,
+        help="folder of config.json, weights, and vocab.txt or tokenizer.json; this and the other two may also be the "
+        "http://, https:// or s3:// address of an archive, which is kept in --cache_dir",
     )
-    group.add_argument("--student_model", type=path, help="likewise; not needed with --do_finetune")
+    group.add_argument("--student_model", type=place, help="likewise; not needed with --do_finetune")
     group.add_argument("--output_dir", required=True, type=path, help="where the trained model is written")
     group.add_argument(
         "--fps_acc_dir",
@@ -125,9 +138,15 @@ def _add_folders(parser: argparse.ArgumentParser, entry: Entry) -> None:
     group.add_argument(
         "--cache_dir",
         default="",
-        help="where tokenized files and the teacher's answers are kept for the next run (default: ~/.cache/tinybert)",
+        help="where downloads, tokenized files and the teacher's answers are kept for the next run "
+        "(default: ~/.cache/tinybert)",
     )
-    group.add_argument("--cache_limit", type=float, default=20.0, help="its most gigabytes; 0 keeps nothing")
+    group.add_argument(
+        "--cache_limit",
+        type=float,
+        default=20.0,
+        help="its most gigabytes, downloads not counted; 0 keeps nothing else",
+    )
     if entry.tasks is None:
         group.add_argument("--data_url", default="", help="another folder that what was made is copied to at the end")
     else:

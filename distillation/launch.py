@@ -15,6 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import NamedTuple, NoReturn
@@ -23,17 +24,19 @@ import torch
 from torch import distributed
 
 from distillation import jobs
+from distillation.addresses import fetched
 from distillation.device import (
     BACKENDS,
     Process,
     check_ids,
     choose_device,
+    first_of_machine_first,
     keep_freed_memory,
     open_device,
     share_cores,
 )
 from distillation.logs import show_messages
-from distillation.options import Options
+from distillation.options import Options, Stage
 from transformer.errors import UserError
 
 USER_ERROR_STATUS = 2
@@ -66,7 +69,7 @@ def run_entry(prog: str, entry: Callable[[Sequence[str]], None]) -> int:
         entry(sys.argv[1:])
     except UserError as error:
         if not _under_torchrun() or os.environ["LOCAL_RANK"] == "0":
-            print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"{prog}: error: {error}", file=sys.stderr)
         if _under_torchrun():
             leave(USER_ERROR_STATUS)
         return USER_ERROR_STATUS
@@ -102,6 +105,8 @@ def launch(options: Options) -> None:
         _run_under_torchrun(options, kind)
         return
     check_ids(kind, options.device_list)
+    _check_places_before_fetching(options, Process(torch.device("cpu")))
+    options = fetched(options)
     if len(options.device_list) == 1:
         jobs.run(options, Process(open_device(kind, options.device_list[0])))
     else:
@@ -125,9 +130,19 @@ def _run_under_torchrun(options: Options, kind: str) -> None:
     process = Process(open_device(kind, ids[local_rank]), rank, world_size, local_rank)
     distributed.init_process_group(BACKENDS[kind], device_id=process.device if kind == "cuda" else None)
     try:
+        if options.addresses:
+            with process.together():
+                _check_places_before_fetching(options, process)
+            options = first_of_machine_first(process, partial(fetched, options, ask=process.is_first_of_machine))
         jobs.run(options, process)
     finally:
         distributed.destroy_process_group()
+
+
+def _check_places_before_fetching(options: Options, process: Process) -> None:
+    """A download is for nothing where the run cannot write what it makes. Raises UserError."""
+    if options.addresses and options.stage in (Stage.INTERMEDIATE, Stage.PREDICTION, Stage.FINETUNE):
+        jobs.check_places(options, process)
 
 
 def _spawn(options: Options, kind: str) -> None:

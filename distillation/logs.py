@@ -22,11 +22,19 @@ from tqdm import tqdm
 
 from distillation.checkpoint import check_can_make, make_folder
 from distillation.device import Process, synchronize
-from transformer.errors import UserError
+from transformer.errors import UserError, printable
 
 logger = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_VALUES = 1.0  # on a bar: to read them a device must be waited for
+
+
+class MessageFormatter(logging.Formatter):
+    """Shows a message as one line in which nothing that it quotes acts on a terminal."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = printable(record.message)
+        return super().formatMessage(record)
 
 
 def show_messages(enabled: bool = True) -> None:
@@ -35,7 +43,7 @@ def show_messages(enabled: bool = True) -> None:
         logging.basicConfig(level=logging.ERROR, force=True)
         return
     handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(MessageFormatter("%(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
 
 
@@ -77,7 +85,7 @@ class RunLog:
             except OSError as error:
                 raise UserError(f"{error.filename}: the log cannot be written ({error.strerror})") from None
             self._files = [self._text, self._metrics]
-            self._handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+            self._handler.setFormatter(MessageFormatter("%(asctime)s %(message)s"))
             logging.getLogger().addHandler(self._handler)
 
     def line(self, epoch: int, step: int, fps: float, acc: float | None = None) -> None:

@@ -6,13 +6,15 @@ A mistake in a flag is a UserError, raised before any file is read.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from data_processing.addresses import Address
 from data_processing.cache import Cache, default_folder
+from data_processing.cached_download import DOWNLOADS
 from data_processing.task_files import read_task_file
 from data_processing.tasks import Task, find_task
 from distillation.flags import Entry, build_parser, path
@@ -35,7 +37,12 @@ class Stage(Enum):
 
 @dataclass(frozen=True)
 class Options:
-    """A run's settings, checked. Fields are named as their flags."""
+    """A run's settings, checked. Fields are named as their flags.
+
+    addresses: what is to be fetched before the run, by the field that names its folder then; until then that field
+        shows the address. It is empty once `addresses.fetched` has done it.
+    downloads: the folder in which it is kept.
+    """
 
     task: Task
     stage: Stage
@@ -81,6 +88,8 @@ class Options:
     keep_teacher_states: bool
     predict_file: str | None
     overwrite_output_dir: bool
+    addresses: Mapping[str, Address] = field(default_factory=dict)
+    downloads: Path | None = None
 
     def log_name(self, world_size: int) -> str:
         """The name of the log in fps_acc_dir of a run with so many processes, without .txt."""
@@ -124,6 +133,7 @@ def parse_options(arguments: Sequence[str], entry: Entry) -> Options:
     if values["predict_file"] is not None and stage is not Stage.PREDICTIONS:
         raise UserError("--predict_file names what --do_predict reads; give both")
     values["cache"] = _cache(values["cache_dir"], values["cache_limit"])
+    values |= _addresses(values)
     if entry.tasks is not None:
         values["data_url"] = ""  # of the original main.py, which did nothing with it
     values["do_lower_case"] = _lower_case(values["do_lower_case"], task)
@@ -165,6 +175,20 @@ def _cache(folder: str, gigabytes: float) -> Cache:
     if gigabytes == 0:
         return Cache(None, 0)
     return Cache(path(folder) if folder else default_folder(), round(gigabytes * 1e9))
+
+
+def _addresses(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The addresses among the folders, what stands in their fields meanwhile, and where they are kept."""
+    names = ("data_dir", "teacher_model", "student_model")
+    addresses = {name: values[name] for name in names if isinstance(values[name], Address)}
+    if not addresses:
+        return {}
+    folder = path(values["cache_dir"]) if values["cache_dir"] else default_folder()
+    if folder is None:
+        name, address = next(iter(addresses.items()))
+        raise UserError(f"--{name} {address.shown}: there is no home folder to keep it in; give --cache_dir")
+    shown = {name: Path(address.shown) for name, address in addresses.items()}
+    return {**shown, "addresses": addresses, "downloads": folder / DOWNLOADS}
 
 
 def _lower_case(flag: bool, task: Task) -> bool | None:
