@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from transformer.errors import UserError
+from transformer.untrusted import directory_size
 
 _PIECE = 2**20
 _MEASURED_FROM = 100 * 2**20  # bytes; below this no archive expands too far
@@ -176,7 +177,8 @@ def _opened(path: Path, limits: Limits, what: str) -> Iterator[zipfile.ZipFile |
     if kind is None:
         raise UserError(f"{what}: is no .zip, .tar, .tar.gz or .tgz file")
     if kind == "zip":
-        _check_directory(path, limits, what)
+        if directory_size(path) > limits.entries * (46 + 2 * _LONGEST_NAME):  # it is read as a whole
+            raise BeyondLimits(f"{what}: holds more than {limits.entries} files and folders (--most_entries)")
         with zipfile.ZipFile(path) as archive:
             yield archive
     else:
@@ -203,25 +205,6 @@ class _InPieces(io.RawIOBase):
 
     def tell(self) -> int:
         return self._content.tell()
-
-
-def _check_directory(path: Path, limits: Limits, what: str) -> None:
-    """Checks the size of a zip's directory, which is read whole. Raises UserError."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        file.seek(max(0, size - 2**16 - 100))
-        tail = file.read()
-        place = tail.rfind(b"PK\x05\x06")
-        if place < 0 or len(tail) - place < 22:
-            raise zipfile.BadZipFile("its end is missing")
-        (stated,) = struct.unpack("<I", tail[place + 12 : place + 16])
-        if stated == 0xFFFFFFFF and place >= 20 and tail[place - 20 : place - 16] == b"PK\x06\x07":
-            (wide,) = struct.unpack("<Q", tail[place - 12 : place - 4])
-            file.seek(min(wide, size))
-            record = file.read(56)
-            stated = struct.unpack("<Q", record[40:48])[0] if len(record) == 56 else stated
-    if stated > limits.entries * (46 + 2 * _LONGEST_NAME):
-        raise BeyondLimits(f"{what}: holds more than {limits.entries} files and folders (--most_entries)")
 
 
 def _planned(archive: zipfile.ZipFile | tarfile.TarFile, path: Path, limits: Limits, what: str) -> list[_Entry]:

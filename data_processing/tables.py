@@ -20,6 +20,7 @@ from transformer.errors import UserError
 logger = logging.getLogger(__name__)
 
 FORMS = ("tsv", "csv", "jsonl")
+_MOST_KEYS = 1000  # of the objects in a file of JSON lines
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,10 @@ def _from_json_lines(path: Path, lines: list[str]) -> Table:
             )
         for name in values:
             columns.setdefault(name, len(columns))
+        if len(columns) > _MOST_KEYS:  # each row would have as many cells
+            raise UserError(
+                f"{path}, row {number}: is the first in which there are more than {_MOST_KEYS} different keys in all"
+            )
         row: list[str | None] = [None] * len(columns)
         for name, value in values.items():
             row[columns[name]] = as_text(value)

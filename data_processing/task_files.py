@@ -24,6 +24,7 @@ from data_processing.metrics import METRICS, Metric
 from data_processing.tables import FORMS, as_text, shortened
 from data_processing.tasks import Column, Task
 from transformer.errors import UserError
+from transformer.untrusted import read_limited
 
 Value = TypeVar("Value")
 
@@ -49,6 +50,7 @@ _KEYS = (
 _REQUIRED = ("name", "train", "dev", "text", "label")
 _NAME = "1 to 100 letters, digits, - _ and ., no sign first: files are named after it"
 _COLUMN = "its name, or its number: from 0, or -1 for the last"
+_MOST_BYTES = 16 * 2**20  # of a task file
 _LONGEST_NAME = 120  # of a file: folders and predictions are named after it, and 255 is the most that a disk takes
 
 
@@ -60,7 +62,7 @@ def read_task_file(path: Path) -> Task:
             is needed, or a value cannot be used; the message names file and key.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_repeats)
+        values = json.loads(read_limited(path, _MOST_BYTES).decode("utf-8-sig"), object_pairs_hook=_without_repeats)
     except FileNotFoundError:
         raise UserError(f"--task_file {path}: not found") from None
     except OSError as error:

@@ -7,12 +7,14 @@ loses nothing by passing through here.
 from __future__ import annotations
 
 import json
+import reprlib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from transformer.errors import UserError
 from transformer.file_utils import CONFIG_NAME
+from transformer.untrusted import read_limited
 
 ACTIVATIONS = ("gelu", "gelu_new", "relu", "silu", "swish", "tanh")
 # A classifier of this architecture reads the pooled output itself; the original TinyBERT's, and so any
@@ -20,15 +22,56 @@ ACTIVATIONS = ("gelu", "gelu_new", "relu", "silu", "swish", "tanh")
 LINEAR_HEAD_ARCHITECTURE = "BertForSequenceClassification"
 RELU_HEAD_ARCHITECTURE = "TinyBertForSequenceClassification"
 
-_POSITIVE = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "max_position_embeddings",
-    "type_vocab_size",
-)
+# The sizes and the most that they may be: far beyond any BERT's, and little enough that the model's outline, which is
+# made before the weights are looked at, takes no memory to speak of.
+_SIZES = {
+    "vocab_size": 10_000_000,
+    "hidden_size": 1_000_000,
+    "num_hidden_layers": 1000,
+    "num_attention_heads": 100_000,
+    "intermediate_size": 10_000_000,
+    "max_position_embeddings": 10_000_000,
+    "type_vocab_size": 1_000_000,
+}
+_MOST_BYTES = 16 * 2**20  # of config.json
+_DEEPEST = 50  # lists and objects in one another
+
+
+class _Unusable(Exception):
+    """What is JSON, and of no use in a config."""
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        repeated = next(key for index, (key, _) in enumerate(pairs) if any(key == k for k, _ in pairs[:index]))
+        raise _Unusable(f"{reprlib.repr(repeated)} stands twice in it")
+    return values
+
+
+def _no_number(name: str) -> float:
+    raise _Unusable(f"holds {name}, which is no number in JSON")
+
+
+def _check_can_be_written(values: Any) -> None:
+    """A config is written beside the trained model: what could not be is told before the training. Raises _Unusable."""
+    level = [values]
+    for _ in range(_DEEPEST):
+        level = [
+            inner
+            for value in level
+            for inner in (value.values() if isinstance(value, dict) else value if isinstance(value, list) else ())
+        ]
+    if level:
+        raise _Unusable(f"holds more than {_DEEPEST} lists and objects in one another")
+    try:
+        json.dumps(values, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise _Unusable("holds half of a character (a lone surrogate)") from None
 
 
 @dataclass
@@ -57,23 +100,26 @@ class BertConfig:
     source: str = "BertConfig"
 
     def __post_init__(self) -> None:
-        for name in _POSITIVE:
+        for name, most in _SIZES.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UserError(f"{self.source}: {name} is {value!r}, expected a whole number above 0")
+                raise UserError(f"{self.source}: {name} is {reprlib.repr(value)}, expected a whole number above 0")
+            if value > most:
+                raise UserError(f"{self.source}: {name} is {reprlib.repr(value)}, expected {most} at most")
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 <= value < 1:
-                raise UserError(f"{self.source}: {name} is {value!r}, expected a number from 0 to below 1")
+            if not _is_number(value) or not 0 <= value < 1:
+                raise UserError(f"{self.source}: {name} is {reprlib.repr(value)}, expected a number from 0 to below 1")
         for name in ("initializer_range", "layer_norm_eps"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or value <= 0:
-                raise UserError(f"{self.source}: {name} is {value!r}, expected a number above 0")
-        if not isinstance(self.pad_token_id, int) or not 0 <= self.pad_token_id < self.vocab_size:
-            raise UserError(f"{self.source}: pad_token_id is {self.pad_token_id!r}, not an id of the vocabulary")
+            if not _is_number(value) or not 0 < value < 1e6:
+                raise UserError(f"{self.source}: {name} is {reprlib.repr(value)}, expected a number above 0")
+        pad = self.pad_token_id
+        if not isinstance(pad, int) or isinstance(pad, bool) or not 0 <= pad < self.vocab_size:
+            raise UserError(f"{self.source}: pad_token_id is {reprlib.repr(pad)}, not an id of the vocabulary")
         if self.hidden_act not in ACTIVATIONS:
             known = ", ".join(ACTIVATIONS)
-            raise UserError(f"{self.source}: hidden_act is {self.hidden_act!r}, expected one of {known}")
+            raise UserError(f"{self.source}: hidden_act is {reprlib.repr(self.hidden_act)}, expected one of {known}")
         if self.hidden_size % self.num_attention_heads:
             raise UserError(
                 f"{self.source}: hidden_size {self.hidden_size} is no multiple of "
@@ -95,9 +141,13 @@ class BertConfig:
         values = dict(values)
         if values.get("position_embedding_type", "absolute") != "absolute":
             kind = values["position_embedding_type"]
-            raise UserError(f"{source}: position_embedding_type {kind!r} is not supported, only 'absolute' is")
+            raise UserError(
+                f"{source}: position_embedding_type {reprlib.repr(kind)} is not supported, only 'absolute' is"
+            )
         if values.get("model_type", "bert") != "bert":
-            raise UserError(f"{source}: model_type is {values['model_type']!r}; only 'bert' models can be used")
+            raise UserError(
+                f"{source}: model_type is {reprlib.repr(values['model_type'])}; only 'bert' models can be used"
+            )
         values.pop("model_type", None)
         # What id2label says, and it may change; and the type of the weights that were read, not of those that are
         # written: `transformers` would load ours in it.
@@ -131,11 +181,18 @@ class BertConfig:
         """
         path = Path(folder) / CONFIG_NAME
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = json.loads(
+                read_limited(path, _MOST_BYTES).decode("utf-8"),
+                object_pairs_hook=_without_repeats,
+                parse_constant=_no_number,
+            )
+            _check_can_be_written(values)
         except FileNotFoundError:
             raise UserError(f"{path}: not found; a model's folder holds {CONFIG_NAME}, weights and vocab.txt") from None
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        except _Unusable as error:
+            raise UserError(f"{path}: {error}") from None
         except (ValueError, RecursionError):
             raise UserError(f"{path}: is no valid JSON") from None
         if not isinstance(values, dict):

@@ -23,9 +23,11 @@ def printable(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """The same as `printable`, where line breaks and tabs are but spaces, and a very long text is cut."""
-    line = printable(" ".join(text[: 4 * _MOST_CHARACTERS].split()))
-    return line if len(line) <= _MOST_CHARACTERS else line[:_MOST_CHARACTERS] + "…"
+    """The same as `printable`, where line breaks and tabs are but spaces; of a very long text, beginning and end."""
+    if len(text) > _MOST_CHARACTERS:
+        half = _MOST_CHARACTERS // 2
+        text = f"{text[:half]} … {text[-half:]}"
+    return printable(" ".join(text.split()))
 
 
 class UserError(Exception):

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from transformer.errors import UserError
+from transformer.untrusted import check_pickled, check_tensors
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "pytorch_model.bin"
@@ -115,6 +116,10 @@ def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is wrong with a file is told by the error
+            check_pickled(path)
+            outline = torch.load(path, map_location="meta", weights_only=True)  # without values
+            if isinstance(outline, Mapping):
+                check_tensors(outline, path.stat().st_size)
             weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken pickle can raise any
         raise UserError(

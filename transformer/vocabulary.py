@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from transformer.errors import UserError
 from transformer.file_utils import VOCAB_NAME
+from transformer.untrusted import read_limited
 
 TOKENIZER_NAME = "tokenizer.json"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
@@ -37,6 +38,10 @@ _NORMALIZER = {"clean_text": True, "handle_chinese_chars": True}
 _LOWER_CASE_LATIN = re.compile("[a-z]")
 _FEWEST_LATIN_TOKENS = 20  # fewer of them, as in a Chinese vocabulary, and a lack of capitals tells nothing
 _MOST_STRAY_CAPITALS = 0.01  # of the tokens with letters that have a case
+
+
+_MOST_BYTES = 128 * 2**20  # of a file of the vocabulary: the largest known take some 20 MB
+_LONGEST_TOKEN = 1000  # characters of a line
 
 
 class Vocabulary(NamedTuple):
@@ -72,7 +77,7 @@ def read_vocabulary(path: Path) -> Vocabulary:
             ids than 0 to n-1, or has a token that no line of vocab.txt can hold.
     """
     try:
-        content = path.read_bytes()
+        content = read_limited(path, _MOST_BYTES)
     except OSError as error:
         raise UserError(
             f"cannot read the vocabulary {path} ({error.strerror}); "
@@ -99,9 +104,14 @@ def _from_lines(content: bytes, where: Path) -> dict[str, int]:
     vocab: dict[str, int] = {}
     for index, line in enumerate(lines):
         token = line.strip()
+        if len(token) > _LONGEST_TOKEN:
+            raise UserError(
+                f"{where}: line {index + 1} has {len(token)} characters; a vocabulary has one token a line, of "
+                f"{_LONGEST_TOKEN} characters at most"
+            )
         if token in vocab:
             raise UserError(
-                f"{where}: line {index + 1} repeats the token {token!r} of line {vocab[token] + 1}; "
+                f"{where}: line {index + 1} repeats the token {reprlib.repr(token)} of line {vocab[token] + 1}; "
                 "each token must stand once, or ids and embeddings disagree"
             )
         vocab[token] = index
@@ -271,7 +281,7 @@ def _check_characters(where: Path, settings: Mapping[str, Any], lower: bool) -> 
 def _read_object(path: Path) -> dict[str, Any]:
     """The object of a JSON file, empty where there is no such file. Raises UserError."""
     try:
-        content = path.read_bytes()
+        content = read_limited(path, _MOST_BYTES)
     except FileNotFoundError:
         return {}
     except OSError as error:

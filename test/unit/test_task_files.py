@@ -11,7 +11,7 @@ from data_processing.examples import read_examples, read_unlabelled
 from data_processing.metrics import METRICS
 from data_processing.task_files import read_task_file
 from data_processing.tasks import Task
-from transformer.errors import UserError
+from transformer.errors import UserError, printable
 
 LEAST = {"name": "reviews", "train": "train.csv", "dev": "dev.csv", "text": "review", "label": "stars"}
 LABELS = ["bad", "good"]
@@ -326,7 +326,7 @@ def test_a_value_of_no_use_is_told_with_its_key(refusal, key, value, expected, o
     shown = json.dumps(value, ensure_ascii=False)
     shown = shown if len(shown) <= 60 else f"{shown[:60]}…"
     content = json.dumps({**LEAST, "labels": LABELS, **others, key: value})
-    assert refusal(content) == f": {key} is {shown}, expected {expected}"
+    assert refusal(content) == f": {key} is {printable(shown)}, expected {expected}"
 
 
 @pytest.mark.parametrize("key", list(LEAST))
