@@ -29,6 +29,7 @@ from transformer.errors import UserError
 from transformer.untrusted import directory_size
 
 _PIECE = 2**20
+_MOST_ZEROS = 100  # pieces behind a tar's end
 _MEASURED_FROM = 100 * 2**20  # bytes; below this no archive expands too far
 _LONGEST_PART, _LONGEST_NAME = 255, 1000  # bytes of a name between slashes, and of a whole one
 # Names that Windows gives a meaning of their own.
@@ -264,6 +265,16 @@ def _tar_entries(archive: tarfile.TarFile, what: str) -> Iterator[tuple[_Entry, 
             raise tarfile.ReadError("a size below 0")
         entry = _Entry(_parts(info.name, what), 0 if info.isdir() else info.size, partial(_content, archive, info))
         yield entry, info.isdir()
+    # tarfile takes whatever follows the last good header for the end; the real one is a block of zeros.
+    content = archive.fileobj
+    assert content is not None
+    content.seek(archive.offset)
+    if content.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError("its end is missing")
+    for _ in range(_MOST_ZEROS):  # to the checksum, where there is one
+        if not content.read(_PIECE):
+            return
+    raise tarfile.ReadError("it does not end")
 
 
 def _content(archive: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
