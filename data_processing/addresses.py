@@ -85,7 +85,7 @@ def parse_address(text: str, sha256: str | None = None) -> Address:
         raise UserError(f"{shown}: is no address; expected one such as https://host/path/file.zip") from None
     if parts.scheme.lower() not in SCHEMES:
         raise UserError(f"{shown}: only {', '.join(f'{scheme}://' for scheme in SCHEMES)} can be fetched")
-    if not host or not parts.path.strip("/") or re.search(r"[\0-\x20\x7f]", url):
+    if not host or not parts.path.strip("/") or re.search(r"[\0-\x20\x7f\ud800-\udfff]", url):
         raise UserError(f"{shown}: names no file on a host; expected an address such as https://host/path/file.zip")
     if fragment:
         kind, _, value = fragment.partition("=")

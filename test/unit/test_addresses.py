@@ -59,6 +59,7 @@ def zipped(folder: Path, path: Path, top: str = "top/") -> bytes:
         ("http:" + "//127.0.0.1:99999/x", "is no address"),
         ("http:" + "//[/x", "is no address"),
         ("http:" + "//127.0.0.1/a b", "names no file on a host"),
+        ("http:" + "//127.0.0.1/x?\udc80", "names no file on a host"),
         ("http:" + "//127.0.0.1/x#sha256=12", "expected 64 hexadecimal digits"),
         ("http:" + "//127.0.0.1/x#part", "is not understood"),
     ],
