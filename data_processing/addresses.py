@@ -15,7 +15,8 @@ from transformer.errors import UserError, printable
 
 SCHEMES = ("http", "https", "s3")
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_ADDRESS_IN_TEXT = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)([^\s/?#@]*@)?([^\s?#]*)(\?[^\s#]*)?")
+# Up to the last @ of all: a password may hold what parts an address, and then nobody knows where it begins.
+_ADDRESS_IN_TEXT = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)(\S*@)?([^\s?#]*)(\?[^\s#]*)?")
 # Parameters that are credentials, or their dates: the same file is asked for with others each time.
 _SECRET = re.compile(
     r"x-(amz|goog|obs|oss|cos|ms)-.*|.*(token|secret|signature|password|credential|policy|api_?key).*"
@@ -43,7 +44,7 @@ class Address:
     @property
     def shown(self) -> str:
         """The address without credentials, for messages and files."""
-        return hidden(self.url)
+        return _shown(self.url)
 
     @property
     def name(self) -> str:
@@ -77,7 +78,7 @@ def parse_address(text: str, sha256: str | None = None) -> Address:
         UserError: it is no address that can be fetched, or its sha256 is none.
     """
     url, _, fragment = text.partition("#")
-    shown = hidden(url)
+    shown = _shown(url)
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port  # the port is checked where it is read
@@ -95,6 +96,14 @@ def parse_address(text: str, sha256: str | None = None) -> Address:
     if sha256 is not None and not _SHA256.fullmatch(sha256.lower()):
         raise UserError(f"{shown}: its sha256 is {sha256[:80]!r}, expected 64 hexadecimal digits")
     return Address(url, sha256.lower() if sha256 is not None else None)
+
+
+def _shown(url: str) -> str:
+    """An address, all of the text, without what may be a credential."""
+    scheme, _, rest = url.partition("://")
+    user, _, rest = rest.rpartition("@")
+    place, question, _ = rest.partition("?")
+    return f"{scheme}://{'…@' if user else ''}{place}{'?…' if question else ''}"
 
 
 def hidden(text: str) -> str:

@@ -75,11 +75,17 @@ class Limits:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A file of the archive: its name's parts, its size, and what opens it."""
+    """A file of the archive: its name, the parts of that, its size, and what opens it."""
 
+    name: str
     parts: tuple[str, ...]
     size: int
     open: Callable[[], IO[bytes]]
+
+    @property
+    def has_name(self) -> bool:
+        """Whether it is named as a file is, not as a folder with a slash or a dot at the end."""
+        return self.name.replace("\\", "/").rpartition("/")[2] not in ("", ".")
 
 
 def is_archive(path: Path) -> bool:
@@ -225,6 +231,10 @@ def _planned(archive: zipfile.ZipFile | tarfile.TarFile, path: Path, limits: Lim
                 f"{what}: expands to more than {room / 1e9:.3g} GB, {limits.ratio:g} times its own size or all that "
                 "is allowed (--most_ratio, --most_gigabytes)"
             )
+        if not is_folder and not entry.has_name:
+            if entry.size:
+                raise UserError(f"{what}: {'/'.join(entry.parts)!r} in it is a file under a folder's name")
+            is_folder = True  # as some programs write it
         if not entry.parts:
             continue
         # On a disk that takes capitals and small letters for the same, two files would be one.
@@ -253,7 +263,9 @@ def _zip_entries(archive: zipfile.ZipFile, what: str) -> Iterator[tuple[_Entry, 
         if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise UserError(f"{what}: {info.filename!r} in it is encrypted or packed in a rare way; unpack it yourself")
         is_folder = info.is_dir() or kind == stat.S_IFDIR
-        entry = _Entry(_parts(info.filename, what), 0 if is_folder else info.file_size, partial(archive.open, info))
+        entry = _Entry(
+            info.filename, _parts(info.filename, what), 0 if is_folder else info.file_size, partial(archive.open, info)
+        )
         yield entry, is_folder
 
 
@@ -263,7 +275,9 @@ def _tar_entries(archive: tarfile.TarFile, what: str) -> Iterator[tuple[_Entry, 
             raise UserError(f"{what}: {info.name!r} in it is a link or a device; only files and folders are taken")
         if info.size < 0:
             raise tarfile.ReadError("a size below 0")
-        entry = _Entry(_parts(info.name, what), 0 if info.isdir() else info.size, partial(_content, archive, info))
+        entry = _Entry(
+            info.name, _parts(info.name, what), 0 if info.isdir() else info.size, partial(_content, archive, info)
+        )
         yield entry, info.isdir()
     # tarfile takes whatever follows the last good header for the end; the real one is a block of zeros.
     content = archive.fileobj

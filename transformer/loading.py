@@ -91,7 +91,10 @@ def check_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str |
 
 def _tied_keys(own: Mapping[str, Tensor]) -> dict[str, list[str]]:
     """For each key the other keys of the same parameter: a file needs to hold only one of them."""
-    return {key: [k for k, t in own.items() if t is tensor and k != key] for key, tensor in own.items()}
+    sharing: dict[int, list[str]] = {}
+    for key, tensor in own.items():
+        sharing.setdefault(id(tensor), []).append(key)
+    return {key: [other for other in sharing[id(tensor)] if other != key] for key, tensor in own.items()}
 
 
 def with_encoder_prefix(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -47,8 +47,8 @@ def read_limited(path: Path, most: int) -> bytes:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
             raise UserError(f"{path}: is no ordinary file")
-        content = file.read(most + 1) if status.st_size <= most else b""
-    if status.st_size > most or len(content) > most:
+        content = file.read(status.st_size + 1) if status.st_size <= most else b""
+    if status.st_size > most:
         raise UserError(
             f"{path}: has {status.st_size / 1e6:.1f} MB, more than the {most / 1e6:.0f} MB that such a file can need"
         )

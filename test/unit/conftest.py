@@ -10,6 +10,12 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import cases
 import pytest
+from hypothesis import settings
+
+# Of the property tests: the same examples each time; `--hypothesis-profile=thorough` tries more, and new ones.
+settings.register_profile("usual", max_examples=50, deadline=None, derandomize=True, database=None)
+settings.register_profile("thorough", max_examples=1000, deadline=None, database=None)
+settings.load_profile("usual")
 
 
 @pytest.fixture(scope="session", params=["sst2_small", "mnli_small"])
