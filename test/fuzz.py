@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import gzip
 import importlib.util
 import io
 import json
@@ -208,7 +209,14 @@ def _read_address(path: Path) -> None:
 
 
 def _vectors() -> list[tuple[str, bytes]]:
-    return [("glove.txt", b"".join(f"word{n} {n / 7:.4f} {-n / 3:.4f} 0.5\n".encode() for n in range(50)))]
+    plain = b"".join(f"word{n} {n / 7:.4f} {-n / 3:.4f} 0.5\n".encode() for n in range(50))
+    return [("glove.txt", plain), ("glove.txt", gzip.compress(plain))]
+
+
+def _read_vectors(path: Path) -> None:
+    glove = importlib.import_module("data_processing.glove")
+    vectors = glove.read_vectors(path)
+    vectors.neighbours(vectors.words[:3], 5)
 
 
 READERS: dict[str, Reader] = {
@@ -324,7 +332,7 @@ def main() -> int:
     flags = parser.parse_args()
     readers = dict(READERS)
     if importlib.util.find_spec("data_processing.glove") is not None:
-        readers["glove"] = Reader(_vectors, _glove_reader())
+        readers["glove"] = Reader(_vectors, _read_vectors)
     names = flags.readers or list(readers)
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
@@ -358,12 +366,6 @@ def main() -> int:
         f"in all {sum(total.values())} files: {total['read']} read, {total['refused']} refused, {total['fault']} faults"
     )
     return 1 if faults else 0
-
-
-def _glove_reader() -> Callable[[Path], object]:
-    from data_processing import glove  # type: ignore[attr-defined]
-
-    return glove.read_glove
 
 
 if __name__ == "__main__":
