@@ -137,8 +137,8 @@ def main(arguments: Sequence[str]) -> None:
     cache = flags.cache_dir or default_folder()
     if cache is None:
         raise UserError("there is no home folder to keep downloads in; give --cache_dir")
-    if not (flags.most_gigabytes > 0 and flags.most_ratio > 0 and flags.most_entries > 0):
-        raise UserError("--most_gigabytes, --most_ratio and --most_entries are numbers above 0")
+    if not all(0 < value < 1e9 for value in (flags.most_gigabytes, flags.most_ratio, flags.most_entries)):
+        raise UserError("--most_gigabytes, --most_ratio and --most_entries are numbers above 0 and below a billion")
     limits = Limits(flags.most_gigabytes, flags.most_ratio, flags.most_entries)
     for one in wanted:
         _check_target(one.target, flags.overwrite_output_dir, may_be_the_same=True)

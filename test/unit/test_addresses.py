@@ -217,6 +217,7 @@ class TestCommand:
             (("http:" + "//me:geheim@127.0.0.1/x.zip",), "give the folder that it goes to"),
             (("student", "--sha256", "12"), "expected 64 hexadecimal digits"),
             (("student", "--most_entries", "0"), "are numbers above 0"),
+            (("student", "--most_ratio", "inf"), "are numbers above 0 and below a billion"),
             (("student", "--to", ".", "--overwrite_output_dir"), "no folder to be replaced as a whole"),
             (("student", "--to", "file"), "is a file"),
             (("student", "--to", "file/x"), "is no folder that you may write"),
