@@ -15,8 +15,7 @@ from transformer.errors import UserError, printable
 
 SCHEMES = ("http", "https", "s3")
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-# Up to the last @ of all: a password may hold what parts an address, and then nobody knows where it begins.
-_ADDRESS_IN_TEXT = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)(\S*@)?([^\s?#]*)(\?[^\s#]*)?")
+_ADDRESS_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S*")
 # Parameters that are credentials, or their dates: the same file is asked for with others each time.
 _SECRET = re.compile(
     r"x-(amz|goog|obs|oss|cos|ms)-.*|.*(token|secret|signature|password|credential|policy|api_?key).*"
@@ -101,13 +100,13 @@ def parse_address(text: str, sha256: str | None = None) -> Address:
 def _shown(url: str) -> str:
     """An address, all of the text, without what may be a credential."""
     scheme, _, rest = url.partition("://")
-    user, _, rest = rest.rpartition("@")
-    place, question, _ = rest.partition("?")
-    return f"{scheme}://{'…@' if user else ''}{place}{'?…' if question else ''}"
+    place, question, query = rest.partition("?")
+    _, at, host = place.rpartition("@")
+    if not at and "@" in query and ":" in place.partition("/")[0]:  # perhaps a password that holds a question mark
+        return f"{scheme}://…"
+    return f"{scheme}://{'…@' if at else ''}{host}{'?…' if question else ''}"
 
 
 def hidden(text: str) -> str:
     """A text, such as a command line, in which no address shows what may be a credential."""
-    return _ADDRESS_IN_TEXT.sub(
-        lambda found: found[1] + ("…@" if found[2] else "") + found[3] + ("?…" if found[4] else ""), text
-    )
+    return _ADDRESS_IN_TEXT.sub(lambda found: _shown(found[0]), text)

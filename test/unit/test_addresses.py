@@ -76,6 +76,15 @@ def test_folders_are_no_addresses(text):
     assert not is_address(text)
 
 
+@pytest.mark.parametrize(
+    "place", ["me:ge/heim@host/x", "me:geheim@host?y@geheim", "me:ge?heim@host/x", "host/x?a=geheim@b"]
+)
+def test_no_form_of_a_password_is_shown(place):
+    shown = hidden(f"--x {'http:'}//{place} --y")
+    assert not {"geheim", "heim", "me:"} & {part for part in ("geheim", "heim", "me:") if part in shown}
+    assert shown.endswith(" --y")
+
+
 def test_credentials_are_hidden_and_no_part_of_the_key():
     secret = "https:" + "//me:geheim@127.0.0.1/a/model.zip?v=2&X-Amz-Signature=geheim"
     address = parse_address(secret)
