@@ -43,7 +43,7 @@ def read_examples(path: Path, task: Task) -> Examples:
     """
     table = _read(path, task, task.has_header)
     columns = [table.index(column) for column in (*task.text_columns, task.label_column)]
-    _check_has_header(table, task, columns[-1])
+    check_has_header(table, task, columns[-1])
     rows = _wanted(table, task, columns)
     label_of = _score if task.is_regression else _label
     ids = {label: number for number, label in enumerate(task.labels)}
@@ -86,8 +86,12 @@ def _read(path: Path, task: Task, has_header: bool) -> Table:
     return table
 
 
-def _check_has_header(table: Table, task: Task, label: int) -> None:
-    """A file that begins with an example would lose it. Where the column is known by its name there was a header."""
+def check_has_header(table: Table, task: Task, label: int) -> None:
+    """A file that begins with an example would lose it. Where the column is known by its name there was a header.
+
+    Raises:
+        UserError: it begins with one.
+    """
     names = table.names or []
     if isinstance(task.label_column, str) or not -len(names) <= label < len(names):
         return
@@ -99,7 +103,7 @@ def _check_has_header(table: Table, task: Task, label: int) -> None:
 def _wanted(table: Table, task: Task, columns: Sequence[int]) -> list[tuple[int, list[str]]]:
     """The cells of these columns of every row, and the rows' lines."""
     rows, short = [], 0
-    enough = _Enough(columns)
+    enough = EnoughCells(columns)
     for line, row in zip(table.lines, table.rows, strict=True):
         if task.form == "jsonl" and len(row) < len(table.names or ()):  # its later keys come first in later rows
             row = row + [None] * (len(table.names or ()) - len(row))
@@ -123,7 +127,7 @@ def _wanted(table: Table, task: Task, columns: Sequence[int]) -> list[tuple[int,
     return rows
 
 
-class _Enough(dict[int, bool]):
+class EnoughCells(dict[int, bool]):
     """Whether a row of so many cells has all of some columns, each a cell of its own; worked out once a length."""
 
     def __init__(self, columns: Sequence[int]) -> None:
@@ -142,6 +146,18 @@ class _Enough(dict[int, bool]):
 
 def _texts(rows: Sequence[tuple[int, list[str]]], count: int) -> tuple[list[str], ...]:
     return tuple([cells[number] for _, cells in rows] for number in range(count))
+
+
+def check_label(path: Path, line: int, cell: str, task: Task) -> None:
+    """Checks a cell of the label column.
+
+    Raises:
+        UserError: it is no label, or no score, of the task.
+    """
+    if task.is_regression:
+        _score(path, line, cell, task, {})
+    else:
+        _label(path, line, cell, task, dict.fromkeys(task.labels, 0))
 
 
 def _label(path: Path, line: int, cell: str, task: Task, ids: dict[str, int]) -> int:

@@ -39,6 +39,7 @@ class Task:
     score_range: least and greatest score of a regression, which predictions are cut to; None where any will do.
     intermediate_epochs, max_seq_length: defaults of the original; None where it has none.
     lower_case: whether the task's models lower-case; None leaves it to --do_lower_case.
+    augmentation_n: how many new texts data augmentation makes of one, of the original; None where it has none.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Task:
     intermediate_epochs: float | None = None
     max_seq_length: int | None = None
     lower_case: bool | None = None
+    augmentation_n: int | None = None
 
     @property
     def is_regression(self) -> bool:
@@ -99,6 +101,7 @@ TASKS = (
         submissions=("CoLA.tsv",),
         intermediate_epochs=50,
         max_seq_length=64,
+        augmentation_n=30,
     ),
     Task(
         "MNLI",
@@ -111,6 +114,7 @@ TASKS = (
         submissions=("MNLI-m.tsv", "MNLI-mm.tsv"),
         intermediate_epochs=5,
         max_seq_length=128,
+        augmentation_n=10,
     ),
     Task(
         "MNLI-mm",
@@ -120,6 +124,7 @@ TASKS = (
         dev_files=("dev_mismatched.tsv",),
         test_files=("test_mismatched.tsv",),
         submissions=("MNLI-mm.tsv",),
+        augmentation_n=10,
     ),
     Task(
         "MRPC",
@@ -131,6 +136,7 @@ TASKS = (
         submissions=("MRPC.tsv",),
         intermediate_epochs=20,
         max_seq_length=128,
+        augmentation_n=30,
     ),
     Task(
         "SST-2",
@@ -142,6 +148,7 @@ TASKS = (
         submissions=("SST-2.tsv",),
         intermediate_epochs=10,
         max_seq_length=64,
+        augmentation_n=20,
     ),
     Task(
         "STS-B",
@@ -153,6 +160,7 @@ TASKS = (
         score_range=(0.0, 5.0),
         intermediate_epochs=20,
         max_seq_length=128,
+        augmentation_n=30,
     ),
     Task(
         "QQP",
@@ -166,6 +174,7 @@ TASKS = (
         submissions=("QQP.tsv",),
         intermediate_epochs=5,
         max_seq_length=128,
+        augmentation_n=10,
     ),
     Task(
         "QNLI",
@@ -175,6 +184,7 @@ TASKS = (
         submissions=("QNLI.tsv",),
         intermediate_epochs=10,
         max_seq_length=128,
+        augmentation_n=20,
     ),
     Task(
         "RTE",
@@ -184,6 +194,7 @@ TASKS = (
         submissions=("RTE.tsv",),
         intermediate_epochs=20,
         max_seq_length=128,
+        augmentation_n=30,
     ),
     Task(
         "WNLI",

@@ -19,10 +19,21 @@ from torch.nn import functional
 
 from transformer.configuration import LINEAR_HEAD_ARCHITECTURE, RELU_HEAD_ARCHITECTURE, BertConfig
 from transformer.file_utils import CONFIG_NAME, read_weights, write_weights
-from transformer.loading import LoadReport, has_layer_projections, load_weights, num_labels_of, projection_size
+from transformer.loading import (
+    LoadReport,
+    has_layer_projections,
+    load_weights,
+    num_labels_of,
+    projection_size,
+    with_encoder_prefix,
+)
 from transformer.modeling import BertModel, EncoderOutput, LayerNorm, activation
 
 Model = TypeVar("Model", bound="PreTrainedModel")
+
+_WORD_EMBEDDINGS = "bert.embeddings.word_embeddings.weight"
+_DECODER, _DECODER_BIAS = "cls.predictions.decoder.weight", "cls.predictions.decoder.bias"
+_OUTPUT_BIAS = "cls.predictions.bias"
 
 
 class PreTrainedModel(nn.Module):
@@ -130,6 +141,44 @@ class BertForMaskedLM(PreTrainedModel):
             input_ids, token_type_ids, attention_mask, hidden_layers=last, attention_layers=(), pool=False
         )
         return self.cls.predictions(encoded.hidden_states[0])
+
+    def encode_one(self, input_ids: Tensor, token_type_ids: Tensor, positions: Tensor) -> Tensor:
+        """The last hidden state of one token of each text, of texts that are all of one length.
+
+        That token is put first after the embedding, which tells places; attention sees a set. So the last layer
+        is computed for it alone, as for a pooler.
+
+        Args:
+            input_ids, token_type_ids: [batch, length], nothing of it padding.
+            positions: [batch], the token that is wanted.
+
+        Returns:
+            [batch, hidden].
+        """
+        embedded = self.bert.embeddings(input_ids, token_type_ids)
+        order = torch.arange(input_ids.shape[1], device=input_ids.device).repeat(len(input_ids), 1)
+        order.scatter_(1, positions[:, None], 0)
+        order[:, 0] = positions
+        embedded = embedded.gather(1, order[:, :, None].expand_as(embedded))
+        mask = torch.zeros(len(input_ids), 1, 1, input_ids.shape[1], device=input_ids.device)
+        last, _, _ = self.bert.encoder(embedded, mask, (), (), self.config.num_hidden_layers)
+        return last[:, 0]
+
+    def load(self, weights: dict[str, Tensor], source: str | Path) -> LoadReport:
+        """Takes over a checkpoint's tensors, as every model does.
+
+        The output weights are the word embeddings, unless the checkpoint has its own, and the output bias may lie at
+        the decoder, as in files of the `transformers` library.
+        """
+        weights = with_encoder_prefix(weights)
+        predictions = self.cls.predictions
+        bias = weights.pop(_DECODER_BIAS, None)
+        if bias is not None:
+            weights.setdefault(_OUTPUT_BIAS, bias)
+        decoder, words = weights.get(_DECODER), weights.get(_WORD_EMBEDDINGS)
+        if decoder is not None and words is not None and not torch.equal(decoder, words):
+            predictions.decoder.weight = nn.Parameter(torch.empty_like(predictions.decoder.weight))
+        return super().load(weights, source)
 
 
 class BertForPreTraining(BertForMaskedLM):
