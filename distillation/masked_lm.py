@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 
 HEAD = "cls.predictions."
 _SHARE, _AS_MASK, _AS_OTHER = 0.15, 0.8, 0.1  # of the tokens that are predicted; of those masked, and replaced
-_BATCH, _RATE, _WARMUP = 32, 5e-4, 0.1
+_BATCH, _WARMUP = 32, 0.1
+_HEAD_RATE, _ENCODER_RATE = 1e-3, 1e-4
 _LONGEST = 128  # pieces
 _BATCHES_SORTED = 50  # texts of so many batches are sorted by length before they are cut into batches
 IGNORED = -100
@@ -94,14 +95,14 @@ def train(
     seed: int,
     half: torch.dtype | None = None,
     train_encoder: bool = True,
-    rate: float = _RATE,
 ) -> float:
     """Teaches a model to predict masked words of texts (Devlin et al. 2019, section 3.1, task 1).
 
-    The output weights stay tied to the word embeddings.
+    The output weights stay tied to the word embeddings; the output bias begins at the logarithms of the tokens'
+    frequencies, which saves the first hundreds of steps.
 
     Args:
-        masked_lm: its model is on the device that it is trained on.
+        masked_lm: its model is on the device that it is trained on; its head is taught from the beginning.
         texts: as `pieces_of` gives them; a twentieth of them, 500 at most, is held out.
         steps: of 32 texts each, with a rate that rises for a tenth of them and then falls.
         half: the type of its matrix products; None for fp32.
@@ -124,7 +125,14 @@ def train(
     model.bert.requires_grad_(train_encoder)
     model.bert.pooler.requires_grad_(False)
     seed_process(seed, 0)
-    optimizer = BertAdam(decay_groups(model, 0.01), lr=rate, warmup=_WARMUP, t_total=steps, schedule="warmup_linear")
+    with torch.no_grad():
+        model.cls.predictions.bias.copy_(_log_frequencies(texts, model.config.vocab_size))
+    groups = [{**group, "lr": _ENCODER_RATE} for group in decay_groups(model.bert, 0.01)] if train_encoder else []
+    known = {id(parameter) for group in groups for parameter in group["params"]}
+    for group in decay_groups(model.cls, 0.01):  # the output weights are the encoder's
+        own = [parameter for parameter in group["params"] if id(parameter) not in known]
+        groups.append({**group, "params": own})
+    optimizer = BertAdam(groups, lr=_HEAD_RATE, warmup=_WARMUP, t_total=steps, schedule="warmup_linear")
     progress = Progress("training the masked-LM head", steps)
     losses: list[Tensor] = []
     for step, batch in zip(range(1, steps + 1), _batches(texts, learned, random), strict=False):
@@ -155,6 +163,14 @@ def masked_accuracy(
             right += int((scores.argmax(dim=1) == targets).sum())
             total += len(targets)
     return right / total
+
+
+def _log_frequencies(texts: Sequence[Sequence[int]], vocabulary: int) -> Tensor:
+    """[vocabulary] how often each token stands in the texts, one more than counted so that none is never."""
+    counts = np.ones(vocabulary)
+    for text in texts:
+        np.add.at(counts, text[1:-1], 1)
+    return torch.from_numpy(np.log(counts / counts.sum())).float()
 
 
 def _shown(losses: Sequence[Tensor]) -> dict[str, str]:

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Data augmentation of SST-2: makes train_aug.tsv, which the training scripts read, from train.tsv. TASK_NAME and
+# DATA_DIR name another task. Stopped, it goes on with RESUME=1.
+#
+#   GLOVE_EMBS=glove.6B.300d.txt     vectors from nlp.stanford.edu/projects/glove; GLOVE_EMBS= does without them
+#   BERT_MODEL=bert_base_uncased     with its masked-LM head; TRAIN_MLM_HEAD=1000 trains one for an encoder without
+#   N, M, P, MLM_CONTEXT             how much is replaced, and by what (data_augmentation.py --help)
+#   RELABEL_BY=DIR                   leaves out what this teacher puts into another class than the original
+#   RESUME=1, OVERWRITE_OUTPUT_FILE=1
+set -euo pipefail
+source "$(dirname "$0")/common.sh"
+source test/env_npu_1p.sh
+
+switches=(--seed "${SEED:-42}")
+if [ "${DO_LOWER_CASE:-1}" != 0 ]; then switches+=(--do_lower_case); fi
+if [ -n "${GLOVE_EMBS-glove.6B.300d.txt}" ]; then
+    switches+=(--glove_embs "${GLOVE_EMBS-glove.6B.300d.txt}")
+else
+    switches+=(--no_glove)
+fi
+if [ -n "${N:-}" ]; then switches+=(--N "$N"); fi
+if [ -n "${TRAIN_MLM_HEAD:-}" ]; then switches+=(--train_mlm_head "$TRAIN_MLM_HEAD"); fi
+if [ -n "${RELABEL_BY:-}" ]; then switches+=(--relabel teacher --teacher_model "$RELABEL_BY"); fi
+if [ "${RESUME:-0}" != 0 ]; then switches+=(--resume); fi
+if [ "${OVERWRITE_OUTPUT_FILE:-0}" != 0 ]; then switches+=(--overwrite_output_file); fi
+
+"$PYTHON" data_processing/data_augmentation.py \
+    --task_name "${TASK_NAME:-SST-2}" \
+    --data_dir "${DATA_DIR:-glue_dir/SST-2}" \
+    --pretrained_bert_model "${BERT_MODEL:-bert_base_uncased}" \
+    --M "${M:-15}" --p "${P:-0.4}" \
+    --mlm_context "${MLM_CONTEXT:-original}" \
+    --device "${DEVICE:-auto}" --device_list "${DEVICE_LIST:-0}" \
+    "${switches[@]}" "$@"
