@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from data_processing.metrics import METRICS, Metric
 from transformer.errors import UserError
@@ -205,6 +206,16 @@ TASKS = (
         submissions=("WNLI.tsv",),
     ),
 )
+
+
+def augmentation_command(task: Task, data_dir: Path) -> str:
+    """The command that makes a task's augmented file, for messages."""
+    which = f"--task_name {task.name}" if task in TASKS else "--task_file FILE"
+    count = "" if task.augmentation_n else " --N 20"
+    return (
+        f"python data_processing/data_augmentation.py {which} --data_dir {data_dir} "
+        f"--pretrained_bert_model bert_base_uncased --glove_embs glove.6B.300d.txt{count}"
+    )
 
 
 def find_task(name: str, offered: Sequence[str] | None = None) -> Task:

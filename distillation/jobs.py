@@ -12,6 +12,7 @@ from pathlib import Path
 
 from data_processing.batching import TrainingPlan
 from data_processing.features import Features, load_features
+from data_processing.tasks import augmentation_command
 from distillation.checkpoint import check_can_make, check_output_dir, make_folder, save_model
 from distillation.device import Process, first_of_machine_first, seed_process
 from distillation.inference import DevSets, padding_of, precision_of, run_evaluation, run_predictions, shown
@@ -266,7 +267,8 @@ def _training_file(options: Options) -> Path:
         raise UserError(f"{options.data_dir}: no such folder; --data_dir holds {name} and the task's dev file")
     if options.aug_train and not path.is_file():
         raise UserError(
-            f"{path}: not found; leave out --aug_train (with the scripts: AUG_TRAIN=0) to use {options.task.train_file}"
+            f"{path}: not found; leave out --aug_train (with the scripts: AUG_TRAIN=0) to use {options.task.train_file}, "
+            f"or make it: {augmentation_command(options.task, options.data_dir)}"
         )
     return path
 

@@ -204,7 +204,7 @@ def run_and_stop(place: Place, seconds: float, how: int, **changes) -> tuple[int
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", ["0", "0,1"])
 def test_killed_at_random_moments_it_goes_on_to_the_same_file(place, devices):
-    write_rows(place.data / "train.tsv", many_rows(4200))
+    write_rows(place.data / "train.tsv", many_rows(2100))
     changes = {"N": 3, "precision": "fp32", "device_list": devices}
     place.run(**changes)
     undisturbed = place.made.read_bytes()
@@ -222,7 +222,7 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_file(place, devices):
 
 def unfinished(place: Place) -> Path:
     """A run that was killed after its first block."""
-    write_rows(place.data / "train.tsv", many_rows(4200))
+    write_rows(place.data / "train.tsv", many_rows(2100))
     status, err = run_and_stop(place, 0.0, signal.SIGKILL, N=3)
     assert status == -signal.SIGKILL, err
     folder = place.data / "train_aug.tsv.unfinished"
@@ -259,7 +259,7 @@ def test_changed_inputs_are_told(place):
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("devices", ["0", "0,1"])
 def test_a_signal_ends_it_with_a_line_that_says_how_to_go_on(place, how, devices):
-    write_rows(place.data / "train.tsv", many_rows(4200))
+    write_rows(place.data / "train.tsv", many_rows(2100))
     status, err = run_and_stop(place, 0.1, how, N=3, device_list=devices)
     assert status == 128 + how, err
     assert err.count("\n") == 1
