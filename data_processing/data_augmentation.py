@@ -51,6 +51,8 @@ logger = logging.getLogger(__name__)
 PROG = "data_augmentation.py"
 _MOST_TEXTS_LEARNED = 2_000_000  # by --train_mlm_head; bounds memory
 _DEFAULT_LENGTH = 128
+_METHOD = 1  # raised when the same flags come to give another file
+_MOST = 10_000  # new texts, candidates
 
 
 def build_parser() -> OneLineParser:
@@ -102,8 +104,8 @@ def build_parser() -> OneLineParser:
         "--seed",
         type=int,
         default=42,
-        help="of all draws. On one machine and in one --precision a seed gives the same file, however many processes, "
-        "threads or stops there are",
+        help="of all draws. On one machine and in one --precision a seed gives the same file, however many processes "
+        "and stops there are, and however many threads unless a head is trained",
     )
     group = parser.add_argument_group("how")
     group.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
@@ -162,6 +164,7 @@ def _make(flags: Any, task: Task, folder: Path, kind: str, ids: tuple[int, ...],
     if flags.relabel:
         load_complete(flags.teacher_model, task, lower, use="the teacher")
     identity = {
+        "the method": f"{_METHOD}, blocks of {BLOCK} rows, torch {torch.__version__}",
         "--task": task.name,
         "--N": flags.N,
         "--M": flags.M,
@@ -252,8 +255,8 @@ def _check(flags: Any) -> Task:
     if flags.N is None:
         raise UserError(f"--N: {task.name} has no number of its own; give one, as --N 20")
     for name in ("N", "M"):
-        if getattr(flags, name) < 1:
-            raise UserError(f"--{name} {getattr(flags, name)}: expected 1 or more")
+        if not 1 <= getattr(flags, name) <= _MOST:
+            raise UserError(f"--{name} {getattr(flags, name)}: expected 1 to {_MOST}")
     if not (math.isfinite(flags.p) and 0 < flags.p <= 1):
         raise UserError(f"--p {flags.p}: expected a probability above 0, 1 at most")
     if flags.train_mlm_head is not None and flags.train_mlm_head < 1:
@@ -280,7 +283,12 @@ def _data_folder(flags: Any, task: Task) -> Path:
         raise UserError("give --glue_dir, which holds the tasks' folders, or --data_dir, the task's own")
     if not flags.glue_dir.is_dir():
         raise UserError(f"{flags.glue_dir}: no such folder; --glue_dir holds the tasks' folders, as {task.name}")
-    there = {child.name.lower(): child for child in sorted(flags.glue_dir.iterdir(), reverse=True) if child.is_dir()}
+    try:
+        there = {
+            child.name.lower(): child for child in sorted(flags.glue_dir.iterdir(), reverse=True) if child.is_dir()
+        }
+    except OSError as error:
+        raise UserError(f"--glue_dir {flags.glue_dir}: cannot be read ({error.strerror})") from None
     for name in (task.name, task.name.rpartition("-")[0]):  # both of MNLI's sets lie in one folder
         if name.lower() in there:
             return there[name.lower()]

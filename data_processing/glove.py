@@ -124,12 +124,14 @@ def _lines(path: Path, most: int) -> list[bytes]:
 
 
 def _check_not_mixed(path: Path, lines: Sequence[bytes], dimension: int) -> None:
-    """A line with a few values too many may be a word with spaces; many lines of another number are another file."""
-    others = Counter(line.count(b" ") for line in lines)
-    del others[dimension]
-    for number, count in others.most_common(1):
-        if count > max(1, _MIXED * len(lines)) and number > 1:
-            place = next(n for n, line in enumerate(lines, start=1) if line.count(b" ") == number)
+    """A line or two with a value too many or few are malformed; many of another number are another file."""
+    others: Counter[int] = Counter()
+    for place, line in enumerate(lines, start=1):
+        number = line.count(b" ")
+        if number in (dimension, 0, 1) or _numbers(line.split(b" ", 1)[1]) is None:  # a word with spaces, for one
+            continue
+        others[number] += 1
+        if others[number] > max(1, _MIXED * len(lines)):
             raise UserError(
                 f"{path}: its vectors have different dimensions, {dimension} and, as in line {place}, {number}; "
                 "give a file of one dimension"

@@ -267,8 +267,8 @@ def _training_file(options: Options) -> Path:
         raise UserError(f"{options.data_dir}: no such folder; --data_dir holds {name} and the task's dev file")
     if options.aug_train and not path.is_file():
         raise UserError(
-            f"{path}: not found; leave out --aug_train (with the scripts: AUG_TRAIN=0) to use {options.task.train_file}, "
-            f"or make it: {augmentation_command(options.task, options.data_dir)}"
+            f"{path}: not found; leave out --aug_train (with the scripts: AUG_TRAIN=0) to use "
+            f"{options.task.train_file}, or make it: {augmentation_command(options.task, options.data_dir)}"
         )
     return path
 

@@ -98,11 +98,11 @@ def train(
 ) -> float:
     """Teaches a model to predict masked words of texts (Devlin et al. 2019, section 3.1, task 1).
 
-    The output weights stay tied to the word embeddings; the output bias begins at the logarithms of the tokens'
-    frequencies, which saves the first hundreds of steps.
+    The output weights stay tied to the word embeddings. The output bias of a new head begins at the logarithms of the
+    tokens' frequencies, which saves the first hundreds of steps.
 
     Args:
-        masked_lm: its model is on the device that it is trained on; its head is taught from the beginning.
+        masked_lm: its model is on the device that it is trained on.
         texts: as `pieces_of` gives them; a twentieth of them, 500 at most, is held out.
         steps: of 32 texts each, with a rate that rises for a tenth of them and then falls.
         half: the type of its matrix products; None for fp32.
@@ -125,8 +125,8 @@ def train(
     model.bert.requires_grad_(train_encoder)
     model.bert.pooler.requires_grad_(False)
     seed_process(seed, 0)
-    with torch.no_grad():
-        model.cls.predictions.bias.copy_(_log_frequencies(texts, model.config.vocab_size))
+    if not masked_lm.has_head:
+        model.cls.predictions.bias.data.copy_(_log_frequencies(texts, model.config.vocab_size))
     groups = [{**group, "lr": _ENCODER_RATE} for group in decay_groups(model.bert, 0.01)] if train_encoder else []
     known = {id(parameter) for group in groups for parameter in group["params"]}
     for group in decay_groups(model.cls, 0.01):  # the output weights are the encoder's

@@ -12,6 +12,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
@@ -64,16 +65,27 @@ def _spawned(plan: Plan, kind: str, ids: tuple[int, ...], items: Iterable[Any]) 
     waiting: dict[Connection, list[int]] = {}
     threads = share_cores(len(ids))
     try:
-        for index in ids:
-            ours, theirs = context.Pipe()
-            child = context.Process(target=_serve, args=(plan, kind, index, threads, theirs), daemon=True)
-            child.start()
-            theirs.close()
-            children.append(child)
-            waiting[ours] = []
+        with _without_interrupts():
+            for index in ids:
+                ours, theirs = context.Pipe()
+                child = context.Process(target=_serve, args=(plan, kind, index, threads, theirs), daemon=True)
+                child.start()
+                theirs.close()
+                children.append(child)
+                waiting[ours] = []
         yield from _exchanged(waiting, enumerate(items))
     finally:
         _end(children)
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """What is started within it never hears of a Ctrl-C, which reaches the parent too: that ends its children."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _exchanged(waiting: dict[Connection, list[int]], items: Iterator[tuple[int, Any]]) -> Iterator[Any]:
@@ -122,7 +134,6 @@ def _received(connection: Connection) -> Any:
 
 def _serve(plan: Plan, kind: str, index: int, threads: int, connection: Connection) -> None:
     """What a spawned process does. It reports how it failed, and prints nothing itself."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C reaches the parent too, which ends its children
     threading.Thread(target=_end_with_parent, daemon=True).start()
     logging.basicConfig(level=logging.ERROR, force=True)
     keep_freed_memory()

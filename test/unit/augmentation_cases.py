@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -155,3 +156,11 @@ class Place:
     def lines(self) -> list[str]:
         """What was made."""
         return self.made.read_text(encoding="utf-8").splitlines()
+
+
+def many_rows(count: int) -> list[tuple[str, str]]:
+    """A header and so many rows of a few words."""
+    choose = random.Random(3)
+    words = [word for word in VOCABULARY[5:60] if word.isalpha()] + ["slowly", "hating"]
+    rows = [(" ".join(choose.choices(words, k=choose.randint(1, 5))), str(n % 2)) for n in range(count)]
+    return [("sentence", "label"), *rows]
