@@ -12,7 +12,8 @@ import logging
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -31,6 +32,8 @@ _MARGIN = 16  # more neighbours than are wanted are found in fp32, and put in or
 _MOST_SPACES = 8  # in a word
 _MIXED = 0.1  # of the lines with another number of values, and the file is of two kinds
 _SHOWN = 5
+_LONGEST_LINE = 2**20  # bytes; GloVe's longest are of 3 kB
+_MOST_BYTES = 2**31  # of all lines that are read
 
 
 class WordVectors:
@@ -115,12 +118,23 @@ def _lines(path: Path, most: int) -> list[bytes]:
             packed = plain.read(2) == b"\x1f\x8b"
             plain.seek(0)
             with gzip.GzipFile(fileobj=plain) if packed else plain as file:
-                return [line.rstrip() for line in islice(cast(BinaryIO, file), most + 1)]
+                return [line.rstrip() for line in islice(_whole_lines(cast(BinaryIO, file), path), most + 1)]
     except FileNotFoundError:
         raise UserError(f"--glove_embs {path}: not found") from None
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"--glove_embs {path}: cannot be read ({reason})") from None
+
+
+def _whole_lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
+    """The lines, as long as no memory is needed that word vectors do not need."""
+    room = _MOST_BYTES
+    for number, line in enumerate(iter(partial(file.readline, _LONGEST_LINE + 1), b""), start=1):
+        room -= len(line)
+        if len(line) > _LONGEST_LINE or room < 0:
+            what = f"line {number} is longer than {_LONGEST_LINE} bytes" if room >= 0 else "its lines are too long"
+            raise UserError(f"--glove_embs {path}: {what}: no file of word vectors")
+        yield line
 
 
 def _check_not_mixed(path: Path, lines: Sequence[bytes], dimension: int) -> None:

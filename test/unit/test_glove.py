@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_processing import glove
 from data_processing.glove import WordVectors, read_vectors
 from transformer.errors import UserError
 
@@ -91,6 +92,17 @@ def test_binary_files_are_refused(tmp_path):
         read_vectors(tmp_path / "none")
     with pytest.raises(UserError, match="cannot be read"):
         read_vectors(tmp_path)
+
+
+def test_a_file_that_unpacks_to_more_than_word_vectors_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "vectors.gz"
+    path.write_bytes(gzip.compress(b"film 0.1 0.2 0.3\nmovie " + b"0" * 3_000_000))
+    with pytest.raises(UserError, match=r"line 2 is longer than 1048576 bytes: no file of word vectors"):
+        read_vectors(path)
+    monkeypatch.setattr(glove, "_MOST_BYTES", 40)
+    path.write_bytes(b"film 0.1 0.2 0.3\n" * 3)
+    with pytest.raises(UserError, match=r"its lines are too long"):
+        read_vectors(path)
 
 
 def test_neighbours_are_those_of_all_cosines_sorted():
