@@ -8,6 +8,12 @@ The scripts in test/ call this with the settings of each kind of run; `python ma
 """
 
 import sys
+
+if __name__ == "__main__":  # what is imported below takes seconds
+    from distillation.signals import end_quietly
+
+    end_quietly("main.py")
+
 from collections.abc import Sequence
 
 from distillation.flags import Entry

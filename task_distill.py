@@ -8,6 +8,12 @@ All flags of main.py work here too; `python task_distill.py --help` names them. 
 """
 
 import sys
+
+if __name__ == "__main__":  # what is imported below takes seconds
+    from distillation.signals import end_quietly
+
+    end_quietly("task_distill.py")
+
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -15,8 +15,13 @@ from transformer.tokenization import BertTokenizer
 from transformer.vocabulary import TOKENIZER_CONFIG_NAME, tokenizer_config
 
 
-def check_output_dir(output_dir: Path, overwrite: bool, sources: tuple[Path | None, ...]) -> None:
+def check_output_dir(output_dir: Path, overwrite: bool, sources: tuple[Path | None, ...], hint: str = "") -> None:
     """Checks, and makes nothing, that a model may be written there.
+
+    Args:
+        overwrite: whether the folder may hold something.
+        sources: folders that are read.
+        hint: what the message about a folder that is not empty ends with.
 
     Raises:
         UserError: it is a file, holds something already, or is a folder that the run reads from.
@@ -34,7 +39,7 @@ def check_output_dir(output_dir: Path, overwrite: bool, sources: tuple[Path | No
     if not overwrite and output_dir.is_dir() and any(output_dir.iterdir()):
         raise UserError(
             f"{output_dir}: --output_dir is not empty; give another folder, or --overwrite_output_dir "
-            "(with the scripts: OVERWRITE_OUTPUT_DIR=1) to replace the model in it"
+            f"(with the scripts: OVERWRITE_OUTPUT_DIR=1) to replace the model in it{hint}"
         )
 
 

@@ -67,6 +67,14 @@ class Process:
         distributed.all_gather_object(values, value)
         return values
 
+    def broadcast(self, value: Any) -> Any:
+        """The value that the main process gives, in every process."""
+        if self.world_size == 1:
+            return value
+        values = [value]
+        distributed.broadcast_object_list(values, src=0)
+        return values[0]
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """A part of the run that all processes pass, or none: a UserError in one is raised in all."""
@@ -156,6 +164,28 @@ def seed_process(seed: int, rank: int) -> None:
     random.seed(seed + rank)
     np.random.seed((seed + rank) % 2**32)
     torch.manual_seed(seed + rank)
+
+
+def device_random(device: torch.device, state: torch.Tensor | None = None) -> torch.Tensor | None:
+    """The state of an accelerator's generator of random numbers, after setting it where one is given; None on a CPU."""
+    if device.type == "cpu":
+        return None
+    backend = _backend(device.type)
+    if state is not None:
+        backend.set_rng_state(state, device)
+    return backend.get_rng_state(device)
+
+
+def choose_deterministic() -> None:
+    """Lets torch use only operations that give the same bits every time; before a device is opened.
+
+    On a CPU they are so anyway. On a GPU some gradients are then summed in a fixed order, and convolutions and matrix
+    products do not choose their fastest way by trying.
+    """
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS reads it when it is first used
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = False
 
 
 def keep_freed_memory() -> None:

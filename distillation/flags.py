@@ -136,6 +136,18 @@ def _add_folders(parser: argparse.ArgumentParser, entry: Entry) -> None:
     )
     group.add_argument("--overwrite_output_dir", action="store_true", help="write into a folder that is not empty")
     group.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the training that was stopped in --output_dir, to the same weights as if it had not been; "
+        "where there is none, begin",
+    )
+    group.add_argument(
+        "--save_steps",
+        type=int,
+        help="optimizer steps between savings of what --resume goes on from (default: at evaluations and ends of "
+        "epochs, at most once a minute)",
+    )
+    group.add_argument(
         "--cache_dir",
         default="",
         help="where downloads, tokenized files and the teacher's answers are kept for the next run "
@@ -191,6 +203,11 @@ def _add_training(parser: argparse.ArgumentParser, entry: Entry) -> None:
     group.add_argument("--warmup_proportion", type=float, default=0.1, help="share of steps in which the rate rises")
     group.add_argument("--gradient_accumulation_steps", type=int, default=1, help="micro-batches an optimizer step")
     group.add_argument("--seed", type=int, default=42, help="of shuffling, dropout and new weights")
+    group.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="only operations that give the same bits every time: slower on a GPU, nothing new on a CPU, where they do",
+    )
     group.add_argument("--eval_step", type=int, default=entry.eval_step, help="optimizer steps between evaluations")
     group.add_argument("--output_txt_step", type=int, default=100, help="steps between lines of the fps log")
 

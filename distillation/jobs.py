@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_processing.batching import TrainingPlan
+from data_processing.cache import digest
 from data_processing.features import Features, load_features
 from data_processing.tasks import augmentation_command
 from distillation.checkpoint import check_can_make, check_output_dir, make_folder, save_model
 from distillation.device import Process, first_of_machine_first, seed_process
 from distillation.inference import DevSets, padding_of, precision_of, run_evaluation, run_predictions, shown
-from distillation.logs import RunLog, check_logs, clock
+from distillation.logs import RunLog, check_logs, clock, log_files
 from distillation.losses import choose_layer_map
 from distillation.models import (
     LoadedModel,
@@ -28,7 +29,11 @@ from distillation.models import (
     load_learner,
 )
 from distillation.options import Options, Stage
-from distillation.results import check_copy, check_results, copy_outputs, write_results
+from distillation.precision import Precision
+from distillation.results import check_copy, check_results, copy_outputs, results_files, write_results
+from distillation.resume import Found, RunFolder, compared, digest_of_states
+from distillation.run_record import best_of, describe
+from distillation.signals import Signals, Stopped
 from distillation.stages import FineTuning, IntermediateStage, PredictionStage, TrainingStage, freeze_unused
 from distillation.teacher import Teacher, ask_once, keep_states, weights_digest
 from distillation.trainer import Outcome, Schedule, Trainer
@@ -37,36 +42,73 @@ from transformer.errors import UserError
 logger = logging.getLogger(__name__)
 
 
-def run(options: Options, process: Process) -> None:
+def run(options: Options, process: Process, signals: Signals | None = None) -> None:
     """Does what the flags ask for, as one process of the run.
+
+    Args:
+        signals: those that are sent to this process; None where they are not to end it tidily.
 
     Raises:
         UserError: what the flags name cannot be used.
+        Stopped: a signal ended the run; one that trained can be resumed.
     """
     seed_process(options.seed, 0)  # new weights are the same in every process
     if options.stage is Stage.EVALUATION:
         run_evaluation(options, process)
     elif options.stage is Stage.PREDICTIONS:
         run_predictions(options, process)
-    else:
-        _train(options, process)
+    elif not _train(options, process, signals or Signals()):
+        return
     if options.data_url and process.is_main:
         copy_outputs(options.output_dir, options.data_url, options.task)
 
 
-def _train(options: Options, process: Process) -> None:
+def _train(options: Options, process: Process, signals: Signals) -> bool:
+    """Trains; returns whether there was something left to do."""
     with process.together():
-        check_places(options, process)
+        found = Found.look(options.output_dir)
+        check_places(options, process, found)
         models = _models(options)
     parts = first_of_machine_first(process, lambda: TrainingParts.read(options, models))
+    precision = precision_of(options, process)
+    goes_on = options.resume and found.has_run
+    run = {}
+    with process.together():
+        if process.is_main:
+            run = describe(options, process) | {"compared": compared(process, precision.name, parts.digests())}
+            if goes_on:
+                found.check(run)
+    if process.broadcast(goes_on and found.finished is not None):
+        logger.info("%s: this run has ended already, there is nothing to go on with", options.output_dir)
+        return False
+    folder = RunFolder(options.output_dir, process, signals, options.save_steps)
     with process.together():
         if process.is_main:
             make_folder(options.output_dir, "--output_dir")
-        log = RunLog(options.fps_acc_dir, options.log_name(process.world_size), process)
-    with log:
-        _teach(options, process, parts, log)
+            words = folder.begin(found, goes_on, run, _logs(options, process))
+            if options.resume and not goes_on:
+                words = [f"{options.output_dir}: nothing to go on from, so the run begins"]
+            for line in words:
+                logger.info(line)
+        log = RunLog(options.fps_acc_dir, options.log_name(process.world_size), process, folder.journal)
+    folder.share()
+    try:
+        with log:
+            _teach(options, process, parts, log, precision, folder)
+    except UserError:
+        folder.forget_unless_saved()
+        raise
+    finally:
+        folder.close()
     if options.performance:
         logger.info("End performance testing. Ready to exit.")
+    return True
+
+
+def _logs(options: Options, process: Process) -> tuple[Path, ...]:
+    """The files that a run that trains appends its lines to."""
+    metrics = results_files(options.output_dir, options.task).values()
+    return (*log_files(options.fps_acc_dir, options.log_name(process.world_size)), *metrics)
 
 
 @dataclass(frozen=True)
@@ -93,9 +135,25 @@ class TrainingParts:
         features = load_features(_training_file(options), *reading)
         return cls(teacher, learner, stage, features, DevSets.read(options, learner.tokenizer))
 
+    def digests(self) -> dict[str, str]:
+        """What the run reads, by what it is: of the texts their tokens and labels, of the models all that counts."""
+        texts = {"the training set": self.features, **self.dev.features}
+        models = {"the teacher": self.teacher, "the model that is trained": self.learner}
+        return {
+            **{name: digest(**vars(features)) for name, features in texts.items()},
+            **{
+                name: digest(config=loaded.model.config.to_json(), weights=weights_digest(loaded.model))
+                for name, loaded in models.items()
+                if loaded is not None
+            },
+        }
 
-def check_places(options: Options, process: Process) -> None:
+
+def check_places(options: Options, process: Process, found: Found | None = None) -> None:
     """Checks, and makes nothing, that the run may write where it is to.
+
+    Args:
+        found: what is in the output folder already, where that is known.
 
     Raises:
         UserError: it may not.
@@ -103,16 +161,24 @@ def check_places(options: Options, process: Process) -> None:
     if not process.is_main:  # to the others the folder may already be this run's own
         return
     sources = options.teacher_model, options.student_model, options.data_dir
-    check_output_dir(options.output_dir, options.overwrite_output_dir, sources)
+    may_write = options.overwrite_output_dir or found.is_empty or (options.resume and found.has_run)
+    hint = ""
+    if options.resume:
+        hint = "; it holds no run that was stopped, for --resume to go on with"
+    elif found.record is not None:
+        hint = "; --resume (with the scripts: RESUME=1) goes on with the run that was stopped there"
+    check_output_dir(options.output_dir, may_write, sources, hint)
     check_can_make(options.output_dir, "--output_dir")
     check_results(options.output_dir, options.task)
     check_copy(options)
     check_logs(options.fps_acc_dir, options.log_name(process.world_size))
 
 
-def _teach(options: Options, process: Process, parts: TrainingParts, log: RunLog) -> None:
+def _teach(
+    options: Options, process: Process, parts: TrainingParts, log: RunLog, precision: Precision, folder: RunFolder
+) -> None:
     learner, stage, dev = parts.learner, parts.stage, parts.dev
-    precision = precision_of(options, process)
+    state = folder.state
     padding = padding_of(options, learner)
     plan = TrainingPlan(
         parts.features.lengths,
@@ -141,9 +207,10 @@ def _teach(options: Options, process: Process, parts: TrainingParts, log: RunLog
         teacher = parts.teacher.model.to(process.device)
         precision.prepare_frozen(teacher)
         judged_teacher = {}
-        if options.ask_teacher_always and not options.performance:
+        judges_teacher = not options.performance and state is None  # otherwise the logs have it
+        if options.ask_teacher_always and judges_teacher:
             judged_teacher = dev.judge(teacher, padding, process, precision)
-        elif not options.performance:
+        elif judges_teacher:
             judged_teacher = dev.judge_teacher(teacher, weights, padding, options, process, precision)
         for name, judged in judged_teacher.items():
             logger.info("the teacher's own %s", shown(name, judged))
@@ -152,8 +219,10 @@ def _teach(options: Options, process: Process, parts: TrainingParts, log: RunLog
             assert isinstance(stage, PredictionStage)
             begin = time.monotonic()
             logits = ask_once(teacher, weights, parts.features, padding, options, process, precision)
-            log.record("teacher_asked_once", examples=len(logits), seconds=time.monotonic() - begin)
+            if state is None:
+                log.record("teacher_asked_once", examples=len(logits), seconds=time.monotonic() - begin)
             stage = replace(stage, teacher=Teacher(teacher, logits))
+            folder.teacher = digest(logits=logits.cpu().numpy())
         if keeps_states:
             assert isinstance(stage, IntermediateStage)
             begin = time.monotonic()
@@ -161,8 +230,10 @@ def _teach(options: Options, process: Process, parts: TrainingParts, log: RunLog
                 teacher, weights, parts.features, padding, stage.taught_layers, options, process, precision
             )
             if kept is not None:
-                log.record("teacher_asked_once", examples=len(parts.features), seconds=time.monotonic() - begin)
+                if state is None:
+                    log.record("teacher_asked_once", examples=len(parts.features), seconds=time.monotonic() - begin)
                 stage = replace(stage, teacher=Teacher(teacher, kept=kept))
+                folder.teacher = digest_of_states(kept, parts.features, padding)
 
     def judge(step: int) -> float:
         results = dev.judge(learner.model, padding, process, precision)
@@ -170,13 +241,14 @@ def _teach(options: Options, process: Process, parts: TrainingParts, log: RunLog
             logger.info("step %d: %s", step, shown(name, judged))
             log.record("eval", file=name, step=step, **judged.metrics)
         if process.is_main:
-            write_results(options.output_dir, options.task, results, global_step=step)
+            write_results(options.output_dir, options.task, results, folder.journal, global_step=step)
         return results[options.task.dev_files[0]].metrics[options.task.metric.chosen_by]
 
     def save() -> None:
         if process.is_main:
             weights = precision.weights(learner.model)
             save_model(options.output_dir, learner.model.config, weights, learner.tokenizer)
+            folder.write_run(step=trainer.outcome.steps, best=best_of(trainer.outcome, options.task))
 
     seed_process(options.seed, process.rank)  # from here on each process draws its own dropout
     trainer = Trainer(
@@ -191,8 +263,23 @@ def _teach(options: Options, process: Process, parts: TrainingParts, log: RunLog
         judge,
         save,
         title=options.stage.value,
+        keeper=folder,
     )
-    _say_outcome(options, trainer.run(), log)
+    if state is not None:
+        if process.is_main and state["teacher"] != folder.teacher:
+            logger.warning(
+                "the teacher's answers are not those that this run began with; its weights may differ from those of a "
+                "run that was not stopped"
+            )
+        log.record("resume", step=state["step"])
+    try:
+        with folder.signals.held():
+            outcome = trainer.run(state)
+    except Stopped as error:
+        raise Stopped(error.number, f"{error.where}; the same command with --resume goes on from there") from None
+    _say_outcome(options, outcome, log)
+    if process.is_main:
+        folder.end(steps=outcome.steps, skipped=outcome.skipped, best=best_of(outcome, options.task))
 
 
 def _say_outcome(options: Options, outcome: Outcome, log: RunLog) -> None:

@@ -29,6 +29,7 @@ from distillation.device import (
     BACKENDS,
     Process,
     check_ids,
+    choose_deterministic,
     choose_device,
     first_of_machine_first,
     keep_freed_memory,
@@ -37,6 +38,7 @@ from distillation.device import (
 )
 from distillation.logs import show_messages
 from distillation.options import Options, Stage
+from distillation.signals import Signals, Stopped, deferred
 from transformer.errors import UserError
 
 USER_ERROR_STATUS = 2
@@ -50,10 +52,14 @@ class RunFailed(Exception):
 
 
 class Report(NamedTuple):
-    """What a spawned process says when it fails: a user's mistake, or a traceback."""
+    """What a spawned process says when it does not end well: a line or a traceback, and with which status it ends.
 
-    user_error: bool
+    kind: `mistake`, a user's; `signal`; or `fault`.
+    """
+
+    kind: str
     text: str
+    status: int
 
 
 def run_entry(prog: str, entry: Callable[[Sequence[str]], None]) -> int:
@@ -61,24 +67,28 @@ def run_entry(prog: str, entry: Callable[[Sequence[str]], None]) -> int:
 
     A UserError is printed to standard error as one line and gives 2; of torchrun's processes on a
     machine, which all meet the same one, only the first prints it. Any other exception is a fault of
-    this project and keeps its traceback.
+    this project and keeps its traceback. A signal that ends the run gives one line and 128 + its number.
     """
     show_messages(enabled=not _under_torchrun() or os.environ["RANK"] == "0")
     keep_freed_memory()
     try:
-        entry(sys.argv[1:])
+        with Signals().handled():
+            entry(sys.argv[1:])
+        status = 0
     except UserError as error:
+        status = USER_ERROR_STATUS
         if not _under_torchrun() or os.environ["LOCAL_RANK"] == "0":
             print(f"{prog}: error: {error}", file=sys.stderr)
-        if _under_torchrun():
-            leave(USER_ERROR_STATUS)
-        return USER_ERROR_STATUS
+    except Stopped as error:
+        status = error.status
+        if not _under_torchrun() or os.environ["LOCAL_RANK"] == "0":
+            print(f"{prog}: {error}", file=sys.stderr)
     except RunFailed as error:
+        status = 1
         print(f"{prog}: {error}", file=sys.stderr)
-        return 1
     if _under_torchrun():
-        leave()
-    return 0
+        leave(status)
+    return status
 
 
 def leave(status: int = 0) -> NoReturn:
@@ -98,26 +108,31 @@ def launch(options: Options) -> None:
 
     Raises:
         UserError: what the flags name cannot be used.
-        RunFailed: a spawned process died.
+        RunFailed: a process of the run died.
+        Stopped: a signal ended it.
     """
+    if options.deterministic:
+        choose_deterministic()
     kind = choose_device(options.device)
-    if _under_torchrun():
-        _run_under_torchrun(options, kind)
-        return
-    check_ids(kind, options.device_list)
-    _check_places_before_fetching(options, Process(torch.device("cpu")))
-    options = fetched(options)
-    if len(options.device_list) == 1:
-        jobs.run(options, Process(open_device(kind, options.device_list[0])))
-    else:
-        _spawn(options, kind)
+    signals = Signals()
+    with signals.handled():
+        if _under_torchrun():
+            _run_under_torchrun(options, kind, signals)
+            return
+        check_ids(kind, options.device_list)
+        _check_places_before_fetching(options, Process(torch.device("cpu")))
+        options = fetched(options)
+        if len(options.device_list) == 1:
+            jobs.run(options, Process(open_device(kind, options.device_list[0])), signals)
+        else:
+            _spawn(options, kind, signals)
 
 
 def _under_torchrun() -> bool:
     return all(name in os.environ for name in _TORCHRUN_VARIABLES)
 
 
-def _run_under_torchrun(options: Options, kind: str) -> None:
+def _run_under_torchrun(options: Options, kind: str, signals: Signals) -> None:
     """Runs as the process that torchrun's environment describes."""
     rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
@@ -134,9 +149,17 @@ def _run_under_torchrun(options: Options, kind: str) -> None:
             with process.together():
                 _check_places_before_fetching(options, process)
             options = first_of_machine_first(process, partial(fetched, options, ask=process.is_first_of_machine))
-        jobs.run(options, process)
-    finally:
-        distributed.destroy_process_group()
+        jobs.run(options, process, signals)
+    except RuntimeError as error:
+        if not _is_of_a_connection(error):
+            raise
+        raise RunFailed(f"process {rank} ends, for another one of the run has; what was saved stays") from None
+    distributed.destroy_process_group()  # where a process fails its end does that
+
+
+def _is_of_a_connection(error: RuntimeError) -> bool:
+    """Whether an exchange between processes failed: gloo's errors are of no type of their own."""
+    return isinstance(error, distributed.DistError) or "gloo" in str(error)
 
 
 def _check_places_before_fetching(options: Options, process: Process) -> None:
@@ -145,7 +168,7 @@ def _check_places_before_fetching(options: Options, process: Process) -> None:
         jobs.check_places(options, process)
 
 
-def _spawn(options: Options, kind: str) -> None:
+def _spawn(options: Options, kind: str, signals: Signals) -> None:
     """Runs one process for each id of --device_list; when one fails all are ended, and the cause is raised once."""
     count = len(options.device_list)
     threads = share_cores(count)
@@ -161,11 +184,17 @@ def _spawn(options: Options, kind: str) -> None:
             child = context.Process(
                 target=_run_as_child, args=(options, kind, rank, threads, store.port, sender), name=f"process {rank}"
             )
-            child.start()
-            sender.close()
             children.append(child)
+            with deferred():
+                child.start()
+            sender.close()
             reports.append(receiver)
-        _wait_for(children, reports)
+        with signals.held(lambda: _terminate(children)):
+            if signals.received:  # between the two lines above
+                _terminate(children)
+            _wait_for(children, reports)
+    except Stopped as error:
+        raise Stopped(signals.received or error.number, error.where) from None
     finally:
         _end(children)
 
@@ -190,29 +219,38 @@ def _open_store(options: Options) -> distributed.TCPStore:
 def _run_as_child(options: Options, kind: str, rank: int, threads: int, port: int, report: Connection) -> None:
     """What a spawned process does. It reports how it failed, and prints nothing itself."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C reaches the parent too, which ends its children
     show_messages(enabled=rank == 0)
     keep_freed_memory()
+    signals = Signals()
     try:
-        torch.set_num_threads(threads)
-        if kind == "cpu" and sys.platform == "linux":
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all are on this machine
-        process = Process(open_device(kind, options.device_list[rank]), rank, len(options.device_list))
-        store = distributed.TCPStore(options.addr, port, is_master=False)
-        distributed.init_process_group(BACKENDS[kind], store=store, rank=rank, world_size=process.world_size)
-        jobs.run(options, process)
-        distributed.destroy_process_group()
+        with signals.handled():
+            _run_spawned(options, kind, rank, threads, port, signals)
         leave()
     except UserError as error:
-        _fail(report, Report(True, str(error)), USER_ERROR_STATUS)
+        _fail(report, Report("mistake", str(error), USER_ERROR_STATUS))
+    except Stopped as error:
+        _fail(report, Report("signal", error.where, error.status))
     except BaseException:
-        _fail(report, Report(False, traceback.format_exc()), 1)
+        _fail(report, Report("fault", traceback.format_exc(), 1))
 
 
-def _fail(report: Connection, content: Report, status: int) -> NoReturn:
+def _run_spawned(options: Options, kind: str, rank: int, threads: int, port: int, signals: Signals) -> None:
+    if options.deterministic:
+        choose_deterministic()
+    torch.set_num_threads(threads)
+    if kind == "cpu" and sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all are on this machine
+    process = Process(open_device(kind, options.device_list[rank]), rank, len(options.device_list))
+    store = distributed.TCPStore(options.addr, port, is_master=False)
+    distributed.init_process_group(BACKENDS[kind], store=store, rank=rank, world_size=process.world_size)
+    jobs.run(options, process, signals)
+    distributed.destroy_process_group()
+
+
+def _fail(report: Connection, content: Report) -> NoReturn:
     """Reports and ends at once: peers wait for this process, so nothing here may wait for them."""
     report.send(content)
-    leave(status)
+    leave(content.status)
 
 
 def _end_with_parent() -> None:
@@ -235,14 +273,17 @@ def _wait_for(children: Sequence[BaseProcess], reports: Sequence[Connection]) ->
 def _raise_cause(children: Sequence[BaseProcess], reports: Sequence[Connection]) -> None:
     """Raises what went wrong first.
 
-    A process whose peer is gone fails too, with an error of the connection. So a user's mistake, or a
+    A process whose peer is gone fails too, with an error of the connection. So a user's mistake, a signal, or a
     process that something killed, is the cause before any traceback is.
     """
     time.sleep(_SECONDS_TO_FAIL_TOGETHER)
     said = [_read(report) for report in reports]
     for report in said:
-        if report is not None and report.user_error:
+        if report is not None and report.kind == "mistake":
             raise UserError(report.text)
+    for report in said:
+        if report is not None and report.kind == "signal":
+            raise Stopped(report.status - 128, report.text)
     for child, report in zip(children, said, strict=True):
         if report is None and child.exitcode not in (None, 0):
             raise RunFailed(f"{child.name} {_ending(child.exitcode)}; all processes were ended")
@@ -264,12 +305,18 @@ def _ending(exitcode: int | None) -> str:
     return f"ended with status {exitcode}"
 
 
-def _end(children: Sequence[BaseProcess]) -> None:
+def _terminate(children: Sequence[BaseProcess]) -> None:
     for child in children:
         if child.is_alive():
             child.terminate()
+
+
+def _end(children: Sequence[BaseProcess]) -> None:
+    _terminate(children)
     deadline = time.monotonic() + _SECONDS_TO_END
     for child in children:
+        if child.pid is None:  # it was never started
+            continue
         child.join(max(0.0, deadline - time.monotonic()))
         if child.is_alive():
             child.kill()

@@ -7,21 +7,23 @@ For a run named train_full_1p_1 these are `train_full_1p_1.txt` (a line of FPS a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 from tqdm import tqdm
 
 from distillation.checkpoint import check_can_make, make_folder
 from distillation.device import Process, synchronize
+from distillation.journal import Appended, Journal
 from transformer.errors import UserError, printable
 
 logger = logging.getLogger(__name__)
@@ -56,6 +58,11 @@ def text_line(label: str, epoch: int, step: int, fps: float, acc: float | None =
 _METRICS_NAME, _MESSAGES_NAME = "metrics.jsonl", "debug_layer_loss.log"
 
 
+def log_files(folder: Path, name: str) -> tuple[Path, Path]:
+    """The files of the fps log and of the metrics of a run of this name."""
+    return folder / f"{name}.txt", folder / _METRICS_NAME
+
+
 def check_logs(folder: Path, name: str) -> None:
     """Checks, and makes nothing, that the log of a run of this name can be written.
 
@@ -63,25 +70,40 @@ def check_logs(folder: Path, name: str) -> None:
         UserError: the folder cannot be made, or one of its files cannot be appended to.
     """
     check_can_make(folder, "--fps_acc_dir")
-    for path in (folder / f"{name}.txt", folder / _METRICS_NAME, folder / _MESSAGES_NAME):
+    for path in (*log_files(folder, name), folder / _MESSAGES_NAME):
         if path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
             raise UserError(f"{path}: the log cannot be written (it is a folder, or another user's)")
 
 
-class RunLog:
-    """The files of one run. Only the main process writes; elsewhere every call does nothing."""
+class _MessageFile(logging.FileHandler):
+    """A file of messages whose failing ends the run."""
 
-    def __init__(self, folder: Path, name: str, process: Process) -> None:
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            raise UserError(f"{self.baseFilename}: the log cannot be written ({error.strerror})") from None
+        super().handleError(record)
+
+
+class RunLog:
+    """The files of one run. Only the main process writes; elsewhere every call does nothing.
+
+    Args:
+        folder, name: of the files.
+        process: this one.
+        journal: notes the lines of a run that may be resumed; the messages' file is not among them.
+    """
+
+    def __init__(self, folder: Path, name: str, process: Process, journal: Journal | None = None) -> None:
         self._label = process.label
         self._name = name
-        self._files: list[TextIO] = []
+        self._files: list[Appended] = []
         self._handler: logging.Handler | None = None
         if process.is_main:
             make_folder(folder, "--fps_acc_dir")
+            self._text, self._metrics = (Appended(path, journal) for path in log_files(folder, name))
             try:
-                self._text = (folder / f"{name}.txt").open("a", encoding="utf-8")
-                self._metrics = (folder / _METRICS_NAME).open("a", encoding="utf-8")
-                self._handler = logging.FileHandler(folder / _MESSAGES_NAME, encoding="utf-8")
+                self._handler = _MessageFile(folder / _MESSAGES_NAME, encoding="utf-8")
             except OSError as error:
                 raise UserError(f"{error.filename}: the log cannot be written ({error.strerror})") from None
             self._files = [self._text, self._metrics]
@@ -91,14 +113,14 @@ class RunLog:
     def line(self, epoch: int, step: int, fps: float, acc: float | None = None) -> None:
         """Adds a line to the fps log."""
         if self._files:
-            print(text_line(self._label, epoch, step, fps, acc), file=self._text, flush=True)
+            self._text.write(text_line(self._label, epoch, step, fps, acc) + "\n")
 
     def record(self, event: str, **values: Any) -> None:
         """Adds an object to metrics.jsonl; numbers that JSON has no word for become null."""
         if self._files:
             entry = {"time": round(time.time(), 3), "run": self._name, "event": event, **values}
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
-            print(json.dumps(finite), file=self._metrics, flush=True)
+            self._metrics.write(json.dumps(finite) + "\n")
 
     def __enter__(self) -> RunLog:
         return self
@@ -106,7 +128,8 @@ class RunLog:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._handler is not None:
             logging.getLogger().removeHandler(self._handler)
-            self._handler.close()
+            with contextlib.suppress(OSError):  # told when the message was written
+                self._handler.close()
         for file in self._files:
             file.close()
 
@@ -115,7 +138,7 @@ class FpsMeter:
     """Examples trained by all processes per second of wall time, loading of data included.
 
     Evaluation and saving are paused for, and their seconds kept apart. The first steps are left out:
-    they warm caches and allocators. `examples` are those of the other steps.
+    they warm caches and allocators, after a run is resumed again. `examples` are those of the other steps.
     """
 
     def __init__(self, process: Process, total_steps: int) -> None:
@@ -123,9 +146,18 @@ class FpsMeter:
         self._skipped = min(10, total_steps // 10)
         self._steps = 0
         self.examples = 0
-        self._seconds = 0.0
+        self._seconds = self._earlier = 0.0
         self._since = self._now()
         self.paused: dict[str, float] = {}
+
+    def go_on_from(self, examples: int, seconds: float, paused: Mapping[str, float]) -> None:
+        """Adds what the run has counted before it was resumed; before the first step."""
+        self.examples, self._earlier, self.paused = examples, seconds, dict(paused)
+
+    def seconds(self) -> float:
+        """The time that the counted steps took; not to be asked in a pause."""
+        counts = self._steps > self._skipped
+        return self._earlier + (self._seconds + self._now() - self._since if counts else 0.0)
 
     def _now(self) -> float:
         synchronize(self._device)
@@ -141,9 +173,7 @@ class FpsMeter:
 
     def fps(self) -> float:
         """Examples per second so far; 0 before the first step that counts."""
-        if not self.examples:
-            return 0.0
-        return self.examples / (self._seconds + self._now() - self._since)
+        return self.examples / self.seconds() if self.examples else 0.0
 
     def pause(self, reason: str) -> _Pause:
         """A context whose time is counted for `reason` and not as training."""
@@ -166,15 +196,21 @@ class _Pause:
 
 
 class Progress:
-    """Steps done and time left: a bar on a terminal, elsewhere a line every ten seconds."""
+    """Steps done and time left: a bar on a terminal, elsewhere a line every ten seconds.
 
-    def __init__(self, title: str, total: int, enabled: bool = True, every: float = 10.0, unit: str = "step") -> None:
+    Args:
+        done: how many there were before this began.
+    """
+
+    def __init__(
+        self, title: str, total: int, enabled: bool = True, every: float = 10.0, unit: str = "step", done: int = 0
+    ) -> None:
         self._title, self._total, self._every, self._unit = title, total, every, unit
-        self._done = 0
+        self._done = self._first = done
         self._begin = self._shown = time.monotonic()
         self._enabled = enabled
         self._bar = (
-            tqdm(total=total, desc=title, unit=unit, dynamic_ncols=True, leave=unit == "step")
+            tqdm(total=total, desc=title, unit=unit, dynamic_ncols=True, leave=unit == "step", initial=done)
             if sys.stderr.isatty() and enabled
             else None
         )
@@ -191,7 +227,7 @@ class Progress:
             return
         if self._enabled and now - self._shown >= self._every and self._done < self._total:
             self._shown = now
-            left = (now - self._begin) / self._done * (self._total - self._done)
+            left = (now - self._begin) / (self._done - self._first) * (self._total - self._done)
             percent = 100 * self._done // self._total
             parts = [f"{self._unit} {self._done} of {self._total} ({percent} %)", f"{clock(left)} left"]
             logger.info(

@@ -88,6 +88,9 @@ class Options:
     keep_teacher_states: bool
     predict_file: str | None
     overwrite_output_dir: bool
+    resume: bool
+    save_steps: int | None  # None: where there is time
+    deterministic: bool
     addresses: Mapping[str, Address] = field(default_factory=dict)
     downloads: Path | None = None
 
@@ -143,6 +146,8 @@ def parse_options(arguments: Sequence[str], entry: Entry) -> Options:
     values["layer_map"] = _layer_map(values["layer_map"])
     values["losses"] = _losses(values["losses"])
     _check_numbers(values)
+    if values["save_steps"] is not None and values["save_steps"] < 1:
+        raise UserError(f"--save_steps {values['save_steps']}: expected 1 or more")
     if values["keep_teacher_states"] and stage is Stage.INTERMEDIATE:
         _check_can_keep_states(values)
     known = {field.name for field in fields(Options)}

@@ -105,6 +105,27 @@ class Precision:
         """The model's weights in the best precision that there is."""
         return model.state_dict()
 
+    @torch.no_grad()
+    def load_weights(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        """Puts back what `weights` gave, into the model and into what stands beside its parameters."""
+        exact = self._exact()
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            tensor.copy_(weights[name])
+            if tensor in exact:
+                exact[tensor].copy_(weights[name])
+
+    def _exact(self) -> Mapping[Tensor, Tensor]:
+        """The parameters that are rounded, and their exact values."""
+        return {}
+
+    def export_state(self) -> dict[str, Any]:
+        """What the steps so far have changed, as plain values: `import_state` takes it."""
+        return {"skipped": self.skipped, "skipped_in_a_row": self._skipped_in_a_row}
+
+    def import_state(self, state: Mapping[str, Any]) -> None:
+        """Takes over what `export_state` gave; after `prepare`."""
+        self.skipped, self._skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+
 
 class TorchMixedPrecision(Precision):
     """Half precision by torch's own means: autocast (O1), or weights that are cast (O2, O3).
@@ -196,6 +217,17 @@ class TorchMixedPrecision(Precision):
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
         return _fp32_weights(model, self._masters)
 
+    def _exact(self) -> Mapping[Tensor, Tensor]:
+        return self._masters
+
+    def export_state(self) -> dict[str, Any]:
+        own = {"scale": self._scale, "steps_since_overflow": self._steps_since_overflow}
+        return {**super().export_state(), **own}
+
+    def import_state(self, state: Mapping[str, Any]) -> None:
+        super().import_state(state)
+        self._scale, self._steps_since_overflow = state["scale"], state["steps_since_overflow"]
+
 
 class _PlainOutputs(nn.Module):
     """A model that gives out a plain tuple: apex (O2, O3) rebuilds outputs in a way that named ones refuse."""
@@ -274,11 +306,26 @@ class ApexMixedPrecision(Precision):
         return self._counted(optimizer.steps_taken > before)
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
+        return _fp32_weights(model, self._exact())
+
+    def _exact(self) -> Mapping[Tensor, Tensor]:
         # At O2 apex puts fp32 copies in the places of the optimizer's parameters.
         exact = dict(self._frozen)
         if self._optimizer is not None:
             exact |= dict(zip(self._parameters, _parameters(self._optimizer), strict=True))
-        return _fp32_weights(model, exact)
+        return exact
+
+    def export_state(self) -> dict[str, Any]:
+        own = {name: dict(values) for name, values in self._amp.state_dict().items()} if self._has_state() else {}
+        return {**super().export_state(), "apex": own}
+
+    def import_state(self, state: Mapping[str, Any]) -> None:
+        super().import_state(state)
+        if state["apex"] and self._has_state():
+            self._amp.load_state_dict(state["apex"])
+
+    def _has_state(self) -> bool:
+        return hasattr(self._amp, "state_dict") and hasattr(self._amp, "load_state_dict")
 
 
 def choose_precision(

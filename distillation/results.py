@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path, PurePath
 from typing import BinaryIO
 
@@ -12,9 +13,11 @@ from data_processing.tasks import Task
 from distillation.checkpoint import check_can_make, make_folder
 from distillation.evaluation import Evaluation
 from distillation.flags import path as path_of
+from distillation.journal import Appended, Journal
 from distillation.options import Options
 from transformer.errors import UserError
 from transformer.file_utils import write_together
+from transformer.saving import MANIFEST_NAME, MODEL_FILES, read_manifest, write_atomically, write_model
 
 
 def _beside(folder: Path, task: Task) -> dict[str, Path]:
@@ -23,7 +26,8 @@ def _beside(folder: Path, task: Task) -> dict[str, Path]:
     return {file: folder.parent / (folder.name + s) for file, s in zip(task.dev_files, task.dev_suffixes, strict=True)}
 
 
-def _results_files(output_dir: Path, task: Task) -> dict[str, Path]:
+def results_files(output_dir: Path, task: Task) -> dict[str, Path]:
+    """For each dev file the file of its metrics."""
     return {file: folder / "eval_results.txt" for file, folder in _beside(output_dir, task).items()}
 
 
@@ -35,7 +39,7 @@ def check_results(output_dir: Path, task: Task) -> None:
     """
     if not output_dir.resolve().name:
         raise UserError(f"{output_dir}: --output_dir cannot be the root of all folders")
-    for path in _results_files(output_dir, task).values():
+    for path in results_files(output_dir, task).values():
         path_of(str(path))
         check_can_make(path.parent, "--output_dir")
         if path.is_dir():
@@ -44,20 +48,25 @@ def check_results(output_dir: Path, task: Task) -> None:
             raise UserError(f"{path}: cannot be written (it is another user's, or read-only)")
 
 
-def write_results(output_dir: Path, task: Task, results: Mapping[str, Evaluation], **also: int) -> None:
+def write_results(
+    output_dir: Path, task: Task, results: Mapping[str, Evaluation], journal: Journal | None = None, **also: int
+) -> None:
     """Appends the metrics of each dev file to its eval_results.txt.
+
+    Args:
+        journal: notes the lines of a run that may be resumed.
 
     Raises:
         UserError: a file cannot be written.
     """
-    for name, path in _results_files(output_dir, task).items():
+    for name, path in results_files(output_dir, task).items():
         values = {**results[name].metrics, **also}
         make_folder(path.parent, "--output_dir")
+        file = Appended(path, journal)
         try:
-            with path.open("a", encoding="utf-8") as file:
-                file.writelines(f"{key} = {values[key]}\n" for key in sorted(values))
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+            file.write("".join(f"{key} = {values[key]}\n" for key in sorted(values)))
+        finally:
+            file.close()
 
 
 def prediction_names(task: Task, file: str | None) -> dict[str, str]:
@@ -140,6 +149,8 @@ def check_copy(options: Options) -> None:
 def copy_outputs(output_dir: Path, target: str, task: Task) -> None:
     """Copies all that is in the output folder into another folder; OUTPUT-MM, where there is one, beside it.
 
+    Each file is there whole or not at all, and the files of the model all or none.
+
     Raises:
         UserError: it cannot be written; what is in the output folder stays.
     """
@@ -147,7 +158,27 @@ def copy_outputs(output_dir: Path, target: str, task: Task) -> None:
     try:
         for file, source in _beside(output_dir, task).items():
             if source.is_dir():
-                shutil.copytree(source, targets[file], dirs_exist_ok=True)
-    except (OSError, shutil.Error) as error:
-        reason = getattr(error, "strerror", None) or "some files were not copied"
+                _copy_folder(source, targets[file])
+    except OSError as error:
+        reason = error.strerror or error
         raise UserError(f"--data_url {target}: cannot be written ({reason}); all is in {output_dir}") from None
+
+
+def _copy_folder(source: Path, target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    manifest = read_manifest(source)
+    model = set(manifest["files"]) | {MANIFEST_NAME} if manifest else set()
+    for path in sorted(source.iterdir()):
+        if path.is_dir():
+            _copy_folder(path, target / path.name)
+        elif path.name not in model:
+            with path.open("rb") as file:
+                write_atomically(target / path.name, partial(shutil.copyfileobj, file))
+    if model:
+        names = [name for name in MODEL_FILES if name in model]
+        write_model(target, {name: partial(_copy_file, source / name) for name in names})
+
+
+def _copy_file(source: Path, target: BinaryIO) -> None:
+    with source.open("rb") as file:
+        shutil.copyfileobj(file, target)

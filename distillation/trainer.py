@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NoReturn
+from itertools import islice
+from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +23,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data_processing.batching import Batch, Step, Totals, TrainingPlan, prepared
 from data_processing.features import Features
+from distillation import training_state
 from distillation.device import Process
 from distillation.logs import FpsMeter, Progress, RunLog
 from distillation.precision import Precision
+from distillation.signals import Stopped
 from distillation.stages import TrainingStage
+from distillation.training_state import State
 from transformer.errors import UserError
 from transformer.heads import TinyBertForSequenceClassification
 from transformer.optimization import BertAdam, decay_groups
@@ -77,6 +81,21 @@ class Outcome:
     skipped: int = 0
 
 
+class Keeper(Protocol):
+    """Who keeps what a run can be resumed from."""
+
+    def wants(self, step: int, rests: bool) -> tuple[bool, int]:
+        """Whether the state is to be saved after this step, and the signal that ends the run, 0 where there is none.
+
+        All processes call this after the same steps and get the same answer. rests: an evaluation or an epoch ends.
+        """
+        ...
+
+    def save(self, state: State) -> None:
+        """Saves the state, of which the main process's is whole."""
+        ...
+
+
 class Trainer:
     """Trains a model on a plan of batches.
 
@@ -88,6 +107,7 @@ class Trainer:
         precision: has not been prepared yet.
         judge: evaluates the model and returns the metric that chooses; called where the stage has one.
         save: writes the model.
+        keeper: keeps the state; None keeps nothing.
     """
 
     def __init__(
@@ -103,10 +123,11 @@ class Trainer:
         judge: Callable[[int], float],
         save: Callable[[], None],
         title: str,
+        keeper: Keeper | None = None,
     ) -> None:
         self.stage, self.features, self.plan, self.schedule = stage, features, plan, schedule
         self.process, self.precision, self.log, self.title = process, precision, log, title
-        self.judge, self.save = judge, save
+        self.judge, self.save, self.keeper = judge, save, keeper
         self.total_steps = schedule.total_steps(plan.steps_per_epoch)
         self.optimizer = BertAdam(
             decay_groups(model, schedule.weight_decay),
@@ -118,21 +139,28 @@ class Trainer:
         # Of few rows, where no processes exchange it and no device is waited for to learn how many they are.
         alone = process.world_size == 1 and process.device.type == "cpu"
         model.bert.embeddings.word_embeddings.sparse = alone and precision.takes_sparse_gradients
-        self.model = self._distributed(precision.prepare(model, self.optimizer))
+        self.bare_model, self.model = model, self._distributed(precision.prepare(model, self.optimizer))
         self.outcome = Outcome()
-        self._metric: float | None = None
+        self.metric: float | None = None  # of the latest evaluation
         self._first_bad: tuple[Tensor, tuple[str, ...]] | None = None  # [step, terms of its loss]; step 0 is none
         self._saved_at = time.monotonic()
 
-    def run(self) -> Outcome:
+    def run(self, state: State | None = None) -> Outcome:
         """Trains to the end; returns what came of it. The model that stays is on the disk.
+
+        Args:
+            state: of a run that was stopped; this one goes on from there.
 
         Raises:
             UserError: the loss is not finite; what was saved before stays.
+            Stopped: a signal ended the run; its state is saved.
         """
-        meter = FpsMeter(self.process, self.total_steps)
-        progress = Progress(self.title, self.total_steps, self.process.is_main)
+        meter = self.meter = FpsMeter(self.process, self.total_steps - (state["step"] if state else 0))
         self.model.train()
+        if state is not None:
+            self._rehearse()
+            training_state.restore(self, state)
+        progress = Progress(self.title, self.total_steps, self.process.is_main, done=self.outcome.steps)
         for epoch, number, batches, totals in self._steps():
             parts = self._learn(batches, totals)
             self.outcome.steps += 1
@@ -147,10 +175,27 @@ class Trainer:
                 self._look(meter, last)
             if tells:
                 self._write_line(epoch, number, parts, meter.fps())
+            if not last:
+                self._keep(meter, rests=looks or number + 1 == self.plan.steps_per_epoch)
         progress.close()
         self.outcome.fps, self.outcome.examples, self.outcome.seconds = meter.fps(), meter.examples, meter.paused
         self.outcome.skipped = self.precision.skipped
         return self.outcome
+
+    def _rehearse(self) -> None:
+        """Of a resumed run of several processes, a step that moves nothing.
+
+        After its first step the wrapper orders gradients anew in the buffers that are exchanged, and their place there
+        decides in which order more than two processes' are summed.
+        """
+        if not isinstance(self.model, DistributedDataParallel):
+            return
+        step = next(self.plan.epoch(0))
+        batch = self.stage.fetch(self.plan.padding.collate(self.features, step.micro_batches[-1]))
+        with self.precision.autocast():
+            terms = self.stage.losses(self.model, batch.to(self.process.device), step.totals)
+        torch.stack(list(terms.values())).sum().backward()
+        self.bare_model.zero_grad()
 
     def _steps(self) -> Iterator[tuple[int, int, list[Batch], Totals]]:
         """Every step of the run: its epoch, its number in the epoch, its batches, the totals of its losses."""
@@ -162,16 +207,16 @@ class Trainer:
 
         pins = self.process.device.type == "cuda"
 
-        epoch, left = 0, self.total_steps
+        left = self.total_steps - self.outcome.steps
+        epoch, done = divmod(self.outcome.steps, self.plan.steps_per_epoch)
         while left:
-            for number, (batches, totals) in enumerate(
-                prepared(collate, self.plan.epoch(epoch), self.schedule.workers)
-            ):
+            steps = islice(self.plan.epoch(epoch), done, None)
+            for number, (batches, totals) in enumerate(prepared(collate, steps, self.schedule.workers), start=done):
                 yield epoch, number, batches, totals
                 left -= 1
                 if not left:
                     return
-            epoch += 1
+            epoch, done = epoch + 1, 0
 
     def _distributed(self, model: nn.Module) -> nn.Module:
         """The model in a wrapper that averages gradients over the processes, where there are several."""
@@ -264,10 +309,10 @@ class Trainer:
         """Judges the model where the stage has a metric, and saves it where it is to stay."""
         if self.stage.by_metric:
             with meter.pause("evaluation"):
-                self._metric = self.judge(self.outcome.steps)
-            keep = self._metric > self.outcome.best
+                self.metric = self.judge(self.outcome.steps)
+            keep = self.metric > self.outcome.best
             if keep:
-                self.outcome.best, self.outcome.best_step = self._metric, self.outcome.steps
+                self.outcome.best, self.outcome.best_step = self.metric, self.outcome.steps
         else:
             keep = last or time.monotonic() - self._saved_at > SECONDS_BETWEEN_SAVES
         if keep:
@@ -275,9 +320,22 @@ class Trainer:
                 self.save()
             self._saved_at = time.monotonic()
 
+    def _keep(self, meter: FpsMeter, rests: bool) -> None:
+        """Saves the state where it is time to, or a signal ends the run."""
+        if self.keeper is None:
+            return
+        wanted, signal = self.keeper.wants(self.outcome.steps, rests)
+        if wanted or signal:
+            self._stop_if_not_finite()
+            state = training_state.gather(self)
+            with meter.pause("saving"):
+                self.keeper.save(state)
+        if signal:
+            raise Stopped(signal, f"after step {self.outcome.steps} of {self.total_steps}")
+
     def _write_line(self, epoch: int, number: int, own_parts: dict[str, Tensor], fps: float) -> None:
         parts = self._over_all_processes(own_parts)
-        self.log.line(epoch, number, fps, self._metric)
+        self.log.line(epoch, number, fps, self.metric)
         rate = self.optimizer.rate(self.optimizer.param_groups[0], max(0, self.optimizer.steps_taken - 1))
         self.log.record(
             "train",

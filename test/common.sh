@@ -5,6 +5,7 @@
 #   PYTHON                  the interpreter; .venv/bin/python where there is one, else python3
 #   DO_LOWER_CASE=0         for a cased model
 #   OVERWRITE_OUTPUT_DIR=1  replaces the model in an output folder that is not empty
+#   RESUME=1                goes on with a training that was stopped, and begins where there is none
 #   SEED                    42
 #
 # The other settings stand, with their defaults, in each script's command. Flags that follow the
@@ -19,6 +20,7 @@ fi
 switches=(--seed "${SEED:-42}")
 if [ "${DO_LOWER_CASE:-1}" != 0 ]; then switches+=(--do_lower_case); fi
 if [ "${OVERWRITE_OUTPUT_DIR:-0}" != 0 ]; then switches+=(--overwrite_output_dir); fi
+if [ "${RESUME:-0}" != 0 ]; then switches+=(--resume); fi
 
 # Threads that wait for one another sleep instead of spinning: as fast on an idle machine, and several times
 # as fast where other programs need the cores too.

@@ -4,7 +4,8 @@
 #     TASK_NAME=RTE bash test/pipeline.sh
 #     TASK_FILE=reviews.json BERT_MODEL=my_bert STUDENT_MODEL=my_student bash test/pipeline.sh --amp
 # What a part has made is kept: run again, after a stop too, it goes on with the first part that is not done. Flags
-# that follow the script's name go to training and evaluation (task_distill.py --help).
+# that follow the script's name go to training and evaluation (task_distill.py --help). With RESUME=1 that part goes
+# on from where it was stopped.
 #
 #   TASK_NAME, TASK_FILE  one of them
 #   DATA_DIR              glue_dir/TASK_NAME, or TASK_FILE's folder
@@ -88,7 +89,11 @@ part() {
         if [ "$other" = "$part" ]; then seen=1; fi
         if [ "$seen" = 1 ]; then rm -f "$work/$other.done"; fi
     done
-    "$@"
+    if [ "${RESUME:-0}" != 0 ] && [ "$part" != evaluation ]; then
+        "$@" --resume
+    else
+        "$@"
+    fi
     mkdir -p "$work"
     echo "$*" >"$mark"
 }

@@ -12,7 +12,7 @@ intermediate_dir="${INTERMEDIATE_DIR:-tmp_tinybert_finetune}"
 output_dir="${OUTPUT_DIR:-TinyBERT_dir_finetune}"
 
 # The second stage's folder is looked at now, not when the first stage has taken its hours.
-if [ "${OVERWRITE_OUTPUT_DIR:-0}" = 0 ] && [ -n "$(ls -A "$output_dir" 2>/dev/null)" ]; then
+if [ "${OVERWRITE_OUTPUT_DIR:-0}" = 0 ] && [ "${RESUME:-0}" = 0 ] && [ -n "$(ls -A "$output_dir" 2>/dev/null)" ]; then
     echo "train_finetune_1p.sh: error: $output_dir is not empty; give another OUTPUT_DIR, or OVERWRITE_OUTPUT_DIR=1" >&2
     exit 2
 fi

@@ -14,6 +14,7 @@ from typing import Any
 
 from transformer.errors import UserError
 from transformer.file_utils import CONFIG_NAME
+from transformer.saving import settle_to_read
 from transformer.untrusted import read_limited
 
 ACTIVATIONS = ("gelu", "gelu_new", "relu", "silu", "swish", "tanh")
@@ -180,6 +181,7 @@ class BertConfig:
             UserError: there is no such file, or it is no JSON object that describes a BERT.
         """
         path = Path(folder) / CONFIG_NAME
+        settle_to_read(path.parent)
         try:
             values = json.loads(
                 read_limited(path, _MOST_BYTES).decode("utf-8"),

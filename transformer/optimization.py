@@ -133,6 +133,36 @@ class BertAdam(Optimizer):
                 elif parameter.grad is not None:
                     parameter.grad = parameter.grad.detach().zero_()
 
+    def export_state(self) -> dict[str, Any]:
+        """What the steps so far have made, as plain numbers and tensors: `import_state` takes it.
+
+        torch's own `state_dict` would be read back in the parameters' type, and imports its compiler.
+        """
+        states = [self.state.get(parameter, {}) for group in self.param_groups for parameter in group["params"]]
+        return {"steps_taken": self.steps_taken, "parameters": [dict(state) for state in states]}
+
+    @torch.no_grad()
+    def import_state(self, state: Mapping[str, Any]) -> None:
+        """Takes over what `export_state` gave, of an optimizer of the same parameters in the same order.
+
+        Raises:
+            ValueError: it is of others.
+        """
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        if len(parameters) != len(state["parameters"]):
+            raise ValueError(f"a state of {len(state['parameters'])} parameters, expected {len(parameters)}")
+        for parameter, known in zip(parameters, state["parameters"], strict=True):
+            if known:
+                own = self._state_of(parameter)
+                own["step"] = known["step"]
+                for name in ("next_m", "next_v"):
+                    if own[name].shape != known[name].shape:
+                        raise ValueError(
+                            f"a state of shape {list(known[name].shape)}, expected {list(own[name].shape)}"
+                        )
+                    own[name].copy_(known[name])
+        self.steps_taken = state["steps_taken"]
+
     def rate(self, group: dict[str, Any], step: int) -> float:
         """The learning rate of the step after `step` counted ones."""
         if group["t_total"] == -1:

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformer.errors import UserError
-from transformer.file_utils import VOCAB_NAME
+from transformer.file_utils import TOKENIZER_CONFIG_NAME, VOCAB_NAME
+from transformer.saving import settle_to_read
 from transformer.untrusted import read_limited
 
 TOKENIZER_NAME = "tokenizer.json"
-TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 
 SPECIAL_TOKENS = {
     "unk_token": "[UNK]",
@@ -60,6 +60,7 @@ class Case(NamedTuple):
 
 def vocabulary_path(folder: str | Path) -> Path:
     """The file that holds a folder's vocabulary: vocab.txt, or tokenizer.json where that alone is there."""
+    settle_to_read(Path(folder))
     text, tokenizer = Path(folder) / VOCAB_NAME, Path(folder) / TOKENIZER_NAME
     # os.path's answer for a folder that may not be looked into is no; reading then says what is wrong.
     return tokenizer if os.path.exists(tokenizer) and not os.path.exists(text) else text

@@ -49,7 +49,9 @@ def test_from_an_encoder_to_a_student(sst2):
     assert sorted(path.name for path in sst2.model.iterdir()) == [
         "config.json",
         "eval_results.txt",
+        "model_manifest.json",
         "pytorch_model.bin",
+        "run.json",
         "tokenizer_config.json",
         "vocab.txt",
     ]

@@ -319,9 +319,9 @@ def test_a_failing_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
             fail()
 
     if moment == "before it is on the disk":
-        monkeypatch.setattr("transformer.file_utils.os.fsync", fail)
+        monkeypatch.setattr("transformer.saving.os.fsync", fail)
     if moment == "before the rename":
-        monkeypatch.setattr("transformer.file_utils.os.replace", fail)
+        monkeypatch.setattr("transformer.saving.os.replace", fail)
     with pytest.raises(OSError, match="No space"):
         write_atomically(path, write)
     assert path.read_bytes() == b"old"
@@ -332,8 +332,8 @@ def test_a_file_is_on_the_disk_before_it_takes_the_name(tmp_path, monkeypatch):
     """Trap 21: without the fsync a power cut could leave the new name with no content."""
     done = []
     fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr("transformer.file_utils.os.fsync", lambda fd: (done.append("fsync"), fsync(fd)))
-    monkeypatch.setattr("transformer.file_utils.os.replace", lambda a, b: (done.append("replace"), replace(a, b)))
+    monkeypatch.setattr("transformer.saving.os.fsync", lambda fd: (done.append("fsync"), fsync(fd)))
+    monkeypatch.setattr("transformer.saving.os.replace", lambda a, b: (done.append("replace"), replace(a, b)))
     write_atomically(tmp_path / "file", lambda file: file.write(b"new"))
     assert done[:2] == ["fsync", "replace"]
 

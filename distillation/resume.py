@@ -1,0 +1,351 @@
+"""What a training run keeps in its output folder so that it can be stopped at any moment and go on as if it had not.
+
+    training_state.json   the run's settings, and how far its logs were when it began
+    training_state.bin    its state (`training_state.py`), saved from time to time
+    training_state.log    the lines that it has logged since (`journal.py`)
+
+They are there while it runs, and when it was stopped; at its end they go, and run.json says that it ended. A run
+goes on only with the settings that it began with: those that change its weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import distributed
+
+from data_processing.batching import Padding
+from data_processing.cache import digest
+from data_processing.features import Features
+from distillation.device import Process
+from distillation.journal import Journal, sizes_of, take_back
+from distillation.run_record import RUN_NAME, now, read_object, write_run
+from distillation.signals import Signals
+from distillation.teacher_states import KeptStates
+from distillation.training_state import State
+from transformer.errors import UserError
+from transformer.saving import MANIFEST_NAME, MODEL_FILES, leftovers, save_tensors, write_atomically
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
+
+_RECORD_NAME, _STATE_NAME, _JOURNAL_NAME = (f"training_state.{ending}" for ending in ("json", "bin", "log"))
+_FORM = 1  # raised when the state changes its meaning
+_SECONDS_BETWEEN_SAVES = 60.0
+_EXAMPLES_IN_A_SAMPLE = 64
+# Processes on accelerators agree no more often than this: to do so each waits for its device.
+_STEPS_BETWEEN_AGREEMENTS = 20
+# Flags that do not change the weights, and those whose content is compared in their place.
+_FREE = {
+    *("data_dir", "teacher_model", "student_model", "output_dir", "fps_acc_dir", "cache", "data_url", "do_lower_case"),
+    *("workers", "device", "device_list", "addr", "port", "output_txt_step", "predict_file", "overwrite_output_dir"),
+    *("resume", "save_steps"),
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What an output folder holds of a run.
+
+    record: what the run wrote when it began; None where there is no stopped run.
+    finished: the run.json of a run that has ended; None where there is none.
+    is_empty: whether it holds nothing but what a kill has left of files that never were.
+    """
+
+    folder: Path
+    record: dict[str, Any] | None
+    finished: dict[str, Any] | None
+    is_empty: bool
+
+    @classmethod
+    def look(cls, folder: Path) -> Found:
+        """Looks into a folder, which may not exist; changes nothing."""
+        record = read_object(folder / _RECORD_NAME)
+        ended = read_object(folder / RUN_NAME)
+        if ended is not None and (ended.get("finished") is None or not _is_run(ended)):
+            ended = None
+        if record is not None and not _is_record(record):
+            record = None
+        if record is not None and ended is not None and ended.get("id") == record["id"]:
+            record = None  # it was killed when all was done
+        elif record is not None:
+            ended = None  # of the model that is being replaced
+        left = set(_leftovers(folder)) if folder.is_dir() else set()
+        is_empty = not folder.is_dir() or all(path in left for path in folder.iterdir())
+        return cls(folder, record, ended, is_empty)
+
+    @property
+    def has_run(self) -> bool:
+        """Whether --resume finds here what it is for."""
+        return self.record is not None or self.finished is not None
+
+    def check(self, run: Mapping[str, Any]) -> None:
+        """Checks that a run that was stopped, or has ended, is the one that is asked for.
+
+        Args:
+            run: what run.json would say of it.
+
+        Raises:
+            UserError: its settings were others; the message shows which.
+        """
+        known = self.record["run"] if self.record else self.finished
+        if known is None:
+            return
+        before, now = _settings(known), _settings(json.loads(json.dumps(run)))
+        changed = [
+            f"{name} was {_shown(before.get(name))}, is {_shown(now.get(name))}"
+            for name in {**before, **now}
+            if before.get(name) != now.get(name)
+        ]
+        if changed:
+            raise UserError(
+                f"{self.folder}: --resume goes on with the settings that the run there began with: {'; '.join(changed)}"
+            )
+
+
+def digest_of_states(kept: KeptStates, features: Features, padding: Padding) -> str:
+    """A digest of what is kept of some examples all over the training set: all of it may be many gigabytes."""
+    examples = np.unique(np.linspace(0, len(features) - 1, _EXAMPLES_IN_A_SAMPLE).astype(np.int64))
+    batch = kept.fetch(replace(padding, to_maximum=False).collate(features, examples))
+    parts = {"states": batch.teacher_states, "scores": batch.teacher_scores}
+    return digest(**{name: part.view(torch.uint8).numpy() for name, part in parts.items() if part is not None})
+
+
+def _is_record(record: Mapping[str, Any]) -> bool:
+    return _is_run(record.get("run")) and isinstance(record.get("logs"), dict) and isinstance(record.get("id"), str)
+
+
+def _is_run(run: Any) -> bool:
+    return isinstance(run, dict) and all(isinstance(run.get(name), dict) for name in ("flags", "compared"))
+
+
+def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """What may change the weights' last bits, though no setting has."""
+    changed = [
+        f"{name} was {known}, is {after.get(part, {}).get(name)}"
+        for part in ("versions", "machine")
+        for name, known in before.get(part, {}).items()
+        if after.get(part, {}).get(name) != known
+    ]
+    if before.get("revision") != after.get("revision"):
+        changed.append(f"this project's revision was {before.get('revision')}, is {after.get('revision')}")
+    return [f"the weights may differ in their last bits: {', '.join(changed)}"] if changed else []
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "not set"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _leftovers(folder: Path) -> list[Path]:
+    return leftovers(folder, (*MODEL_FILES, MANIFEST_NAME, RUN_NAME, _RECORD_NAME, _STATE_NAME))
+
+
+def compared(process: Process, precision: str, digests: Mapping[str, str]) -> dict[str, Any]:
+    """What changes a run's weights beside its flags, by the names that a message gives it.
+
+    Args:
+        precision: the name of the one that is used, which the device has chosen too.
+        digests: of the data and the models, by what they are.
+    """
+    device = {"the device": process.device.type, "the number of processes": process.world_size}
+    return {**device, "the precision": precision, **digests}
+
+
+def _settings(run: Mapping[str, Any]) -> dict[str, Any]:
+    flags = {f"--{name}": value for name, value in run["flags"].items() if name not in _FREE}
+    return {"the stage": run.get("stage"), **flags, **run["compared"]}
+
+
+@dataclass
+class RunFolder:
+    """The output folder of a run that trains. Only the main process writes; the others know what it knows.
+
+    state: what the run goes on from; None where it begins.
+    run: what run.json says of the run, beside its model; in the main process.
+    teacher: a digest of what the teacher has said, where that is remembered.
+    """
+
+    folder: Path
+    process: Process
+    signals: Signals
+    save_steps: int | None = None
+    state: State | None = None
+    run: dict[str, Any] = field(default_factory=dict)
+    teacher: str = ""
+    journal: Journal | None = None
+    _save: int = 0
+    _saved_at: float = field(default_factory=time.monotonic)
+    _logs: dict[str, int] = field(default_factory=dict)
+    _lock: int | None = None
+
+    def begin(self, found: Found, goes_on: bool, run: Mapping[str, Any], logs: tuple[Path, ...]) -> list[str]:
+        """Makes the folder this run's: takes up what a stopped run has left, or clears it away.
+
+        Args:
+            goes_on: whether that is wanted.
+            run: what run.json says of this run.
+            logs: the files that it will append to.
+
+        Returns:
+            What the user should know.
+
+        Raises:
+            UserError: another run is at work there, or a file cannot be read or written.
+        """
+        self._lock = _locked(self.folder)
+        for path in _leftovers(self.folder):
+            path.unlink(missing_ok=True)
+        words = []
+        if goes_on and found.record is not None:
+            record = found.record
+            words = self._take_up(record) + _differences(record["run"], run)
+            record["run"]["resumed"] = [*record["run"].get("resumed", []), now()]
+        else:
+            self.remove()
+            sizes = sizes_of({str(path): 0 for path in logs})
+            record = {"id": secrets.token_hex(8), "logs": sizes, "run": dict(run)}
+        self.run = {"id": record["id"], **record["run"]}
+        self._logs = {**record["logs"], **sizes_of({str(path): 0 for path in logs})}
+        self._write(_RECORD_NAME, lambda file: file.write(json.dumps(record, indent=2).encode() + b"\n"))
+        self.journal = Journal(self.folder / _JOURNAL_NAME, self._save)
+        self.journal.begin(self._save)
+        return words
+
+    def _take_up(self, record: Mapping[str, Any]) -> list[str]:
+        path, logs = self.folder / _STATE_NAME, record["logs"]
+        if path.exists():
+            self.state = _read_state(path, record["id"])
+            self._save, logs = self.state["save"], self.state["logs"]
+            words = [f"{self.folder}: going on after step {self.state['step']}"]
+        else:
+            words = [f"{self.folder}: the run there was stopped before its first saving, and begins again"]
+        mixed = take_back(Journal(self.folder / _JOURNAL_NAME, self._save), logs)
+        return words + [f"{file}: another run has written there since; its lines stay" for file in mixed]
+
+    def share(self) -> None:
+        """Lets the other processes know what the main one has read; all call it."""
+        self.state = self.process.broadcast(self.state)
+
+    def wants(self, step: int, rests: bool) -> tuple[bool, int]:
+        by_number = self.save_steps is not None and step % self.save_steps == 0
+        by_time = self.save_steps is None and rests and time.monotonic() - self._saved_at > _SECONDS_BETWEEN_SAVES
+        if self.process.world_size == 1:
+            return by_number or by_time, self.signals.received
+        on_cpu = self.process.device.type == "cpu"
+        if not (on_cpu or rests or by_number or step % _STEPS_BETWEEN_AGREEMENTS == 0):
+            return False, 0
+        told = torch.tensor([by_number or by_time, self.signals.received], device=self.process.device)
+        distributed.all_reduce(told, distributed.ReduceOp.MAX)
+        saves, signal = told.tolist()
+        return bool(saves), signal
+
+    def save(self, state: State) -> None:
+        with self.process.together():
+            if self.process.is_main:
+                assert self.journal is not None  # the run has begun
+                content = {
+                    **state,
+                    "form": _FORM,
+                    "id": self.run["id"],
+                    "teacher": self.teacher,
+                    "save": self._save + 1,
+                    "logs": sizes_of(self._logs, self.journal),
+                }
+                self._write(_STATE_NAME, partial(save_tensors, content))
+                self._save, self._logs = content["save"], content["logs"]
+                self.journal.begin(self._save)
+        self._saved_at = time.monotonic()
+
+    def write_run(self, **also: Any) -> None:
+        """Writes run.json beside the model; of the main process.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        self.run |= also
+        write_run(self.folder, self.run)
+
+    def end(self, **also: Any) -> None:
+        """Tells in run.json that the run has ended, and takes away what it could have been resumed from."""
+        self.write_run(finished=now(), **also)
+        self.remove()
+
+    def _write(self, name: str, write: Any) -> None:
+        try:
+            write_atomically(self.folder / name, write)
+        except OSError as error:
+            before = "; the one before it is whole" if (self.folder / name).exists() else ""
+            raise UserError(f"{self.folder / name}: cannot be written ({error.strerror or error}){before}") from None
+
+    def remove(self) -> None:
+        """Takes away what a run is resumed from."""
+        if self.process.is_main:
+            for name in (_STATE_NAME, _JOURNAL_NAME, _RECORD_NAME):
+                (self.folder / name).unlink(missing_ok=True)
+
+    def forget_unless_saved(self) -> None:
+        """Of a run that failed before it saved anything nothing is kept."""
+        if self._save == 0:
+            self.remove()
+
+    def close(self) -> None:
+        """Ends this process's hold on the folder."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def _read_state(path: Path, identity: str) -> State:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong with a file is told by the error
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["form"] != _FORM:
+            raise ValueError("it is of another version of this project")
+        if state["id"] != identity:
+            raise ValueError("it is of another run")
+    except Exception as error:  # a broken file can raise any
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise UserError(
+            f"{path}: cannot be gone on from ({reason}); --overwrite_output_dir without --resume begins anew"
+        ) from None
+    return state
+
+
+def _locked(folder: Path) -> int | None:
+    """Locks a folder for as long as this process lives; None where there are no such locks.
+
+    Raises:
+        UserError: another process has locked it.
+    """
+    if fcntl is None:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(f"{folder}: another run is writing there") from None
+    except OSError:  # a file system without them
+        os.close(descriptor)
+        return None
+    return descriptor

@@ -1,0 +1,44 @@
+"""Not a test: a process of `test_stopped_processes.py`, which does many runs of main.py one after the other.
+
+    python stopped_processes.py RUNS.json STORE RANK WORLD_SIZE
+
+RUNS.json is a list of objects: `flags`, main.py's; `rank` and `step`, of the process that is sent a SIGTERM, and in
+which of its steps. Starting Python and torch takes seconds, a run of a tiny model does not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+
+import torch
+from stopped_runs import signal_in_step
+from torch import distributed
+
+import main
+from distillation import jobs
+from distillation.device import Process
+from distillation.launch import leave
+from distillation.options import parse_options
+from distillation.signals import Signals, Stopped
+
+if __name__ == "__main__":
+    file, store, rank, world_size = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    process = Process(torch.device("cpu"), rank, world_size)
+    told = []
+    for run in json.loads(Path(file).read_text(encoding="utf-8")):
+        signals = Signals()
+        is_hit = run.get("rank") == rank
+        with signals.handled(), signal_in_step(run["step"]) if is_hit else contextlib.nullcontext():
+            try:
+                jobs.run(parse_options(run["flags"], main.ENTRY), process, signals)
+                told.append("")
+            except Stopped as stopped:
+                told.append(str(stopped))
+    Path(f"{file}.{rank}").write_text(json.dumps(told), encoding="utf-8")
+    distributed.destroy_process_group()
+    leave()

@@ -1,0 +1,72 @@
+"""Not a test: runs that are stopped after a step of one's choice, and what must be equal of two runs in the end."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cases import Golden, Run, Workplace, call, edit_config, write_rows
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+_TIMES = ("time", "fps", "seconds", "seconds_aside", "fps_examples")
+
+
+def dropout_place(folder: Path, copies: int = 1) -> Workplace:
+    """The golden SST-2 case, its sentences so many times, with models that draw dropout."""
+    place = Golden("sst2_small").workplace(folder)
+    train = place.data / "train.tsv"
+    header, *rows = [line.split("\t") for line in train.read_text(encoding="utf-8").splitlines()]
+    write_rows(train, [header, *rows * copies])
+    for role in (place.teacher, place.student):
+        edit_config(role, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
+    return place
+
+
+@contextlib.contextmanager
+def signal_in_step(step: int, number: int = signal.SIGTERM) -> Iterator[None]:
+    """Sends this process a signal in the so-many-th step from now on, before the weights move."""
+    taken = 0
+
+    def count(*_: object) -> None:
+        nonlocal taken
+        taken += 1
+        if taken == step:
+            os.kill(os.getpid(), number)
+
+    hook = register_optimizer_step_pre_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def attempt(place: Workplace, **changes: Any) -> Run:
+    """The entry in this process, however it ends."""
+    return call(place.entry.main, place.flags(**changes), place.entry.ENTRY.prog)
+
+
+def outcome(model: Path, logs: Path) -> dict[str, Any]:
+    """All that must be equal of two runs, by what it is: their weights, files and logs, without times and speeds."""
+    run = json.loads((model / "run.json").read_text(encoding="utf-8"))
+    lines = [json.loads(line) for line in (logs / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    (text,) = logs.glob("*.txt")
+    results = model / "eval_results.txt"
+    return {
+        "weights": hashlib.sha256((model / "pytorch_model.bin").read_bytes()).hexdigest(),
+        "files": sorted(path.name for path in model.iterdir()),
+        "best": run["best"],
+        "metrics.jsonl": [
+            {key: value for key, value in line.items() if key not in _TIMES}
+            for line in lines
+            if line["event"] != "resume"
+        ],
+        text.name: re.sub(r"FPS\S+", "FPS", text.read_text(encoding="utf-8")),
+        "eval_results.txt": results.read_text(encoding="utf-8") if results.exists() else "",
+    }

@@ -1,0 +1,134 @@
+"""How commands end by signals, kills and dead peers: with one line, together, and so that they can go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cases import ROOT, Workplace
+from stopped_runs import dropout_place
+from test_processes import alive, children_in_training, free_port
+
+ENDLESS = {"train_batch_size": 5, "num_train_epochs": 100_000, "eval_step": 10**6, "padding": "longest"}
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Workplace:
+    return dropout_place(tmp_path)
+
+
+def start(arguments: list[str], cwd: Path) -> subprocess.Popen[str]:
+    """A command as the leader of a group of processes, as a terminal starts it."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_until(true: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 120
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def trains(place: Workplace) -> bool:
+    log = place.output / "metrics.jsonl"
+    return log.exists() and '"event": "train"' in log.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_spawned_processes_stop_together(place: Workplace) -> None:
+    """A Ctrl-C reaches all of them; they end after one and the same step, with their state, and leave nobody."""
+    run = start([str(ROOT / "main.py"), *place.flags(**ENDLESS, device_list="0,1")], place.folder)
+    children = children_in_training(run.pid, place, 2)
+    os.killpg(run.pid, signal.SIGINT)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 128 + signal.SIGINT
+    (line,) = errors.splitlines()
+    assert line.startswith("main.py: stopped by SIGINT after step ")
+    assert line.endswith(" of 200000; the same command with --resume goes on from there")
+    assert not any(alive(pid) for pid in children)
+    assert {path.name for path in place.model.glob("training_state*")} == {
+        f"training_state.{ending}" for ending in ("bin", "json", "log")
+    }
+    last = json.loads((place.output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    assert f"after step {last['step']} of" in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["all", "one worker"])
+def test_processes_of_torchrun_stop_together(place: Workplace, victim: str) -> None:
+    """torchrun passes on what it is sent; the death of one of its processes is told by the other."""
+    port = ["--master_port", str(free_port())]
+    run = start([*TORCHRUN, *port, str(ROOT / "main.py"), *place.flags(**ENDLESS, save_steps=1)], place.folder)
+    wait_until(lambda: trains(place))
+    workers = [int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
+    assert len(workers) == 2
+    if victim == "all":
+        run.send_signal(signal.SIGTERM)
+    else:
+        os.kill(workers[1], signal.SIGKILL)
+    _, errors = run.communicate(timeout=100)
+    assert run.returncode != 0
+    ours = [line for line in errors.splitlines() if line.startswith("main.py: ")]
+    if victim == "all":
+        (line,) = ours
+        assert line.startswith("main.py: stopped by SIGTERM after step ")
+    else:
+        assert ours == ["main.py: process 0 ends, for another one of the run has; what was saved stays"]
+    assert f'File "{ROOT}' not in errors  # torchrun's own traceback it is, and none of ours
+    assert (place.model / "training_state.bin").exists()
+    assert not any(alive(pid) for pid in workers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("seconds", [0.5, 2.0])
+def test_a_command_that_still_starts_ends_with_a_line(place: Workplace, number: int, seconds: float) -> None:
+    """While it imports, reads or asks its teacher: no traceback, nothing half-written."""
+    run = start([str(ROOT / "main.py"), *place.flags(**ENDLESS)], place.folder)
+    time.sleep(seconds)
+    run.send_signal(number)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 128 + number
+    assert errors.startswith(f"main.py: stopped by {signal.Signals(number).name}")
+    assert errors.count("\n") == 1
+
+
+def test_a_second_signal_ends_at_once(place: Workplace) -> None:
+    """Even where the first one's saving hangs."""
+    (place.folder / "sitecustomize.py").write_text(
+        "import os, pathlib, time\n"
+        "def hangs(descriptor):\n"
+        "    pathlib.Path('hangs').touch()\n"
+        "    time.sleep(600)\n"
+        "os.fsync = hangs\n",
+        encoding="utf-8",
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(place.folder)}
+    run = subprocess.Popen(
+        [sys.executable, str(ROOT / "main.py"), *place.flags(**ENDLESS, do_finetune=True, cache_limit=0)],
+        cwd=place.folder,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+    )
+    wait_until((place.folder / "hangs").exists)
+    run.send_signal(signal.SIGTERM)
+    time.sleep(1.2)  # two signals in one second are one
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(timeout=30) == 128 + signal.SIGTERM
