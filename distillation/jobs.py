@@ -82,17 +82,17 @@ def _train(options: Options, process: Process, signals: Signals) -> bool:
         logger.info("%s: this run has ended already, there is nothing to go on with", options.output_dir)
         return False
     folder = RunFolder(options.output_dir, process, signals, options.save_steps)
-    with process.together():
-        if process.is_main:
-            make_folder(options.output_dir, "--output_dir")
-            words = folder.begin(found, goes_on, run, _logs(options, process))
-            if options.resume and not goes_on:
-                words = [f"{options.output_dir}: nothing to go on from, so the run begins"]
-            for line in words:
-                logger.info(line)
-        log = RunLog(options.fps_acc_dir, options.log_name(process.world_size), process, folder.journal)
-    folder.share()
     try:
+        with process.together():
+            if process.is_main:
+                make_folder(options.output_dir, "--output_dir")
+                words = folder.begin(found, goes_on, run, _logs(options, process))
+                if options.resume and not goes_on:
+                    words = [f"{options.output_dir}: nothing to go on from, so the run begins"]
+                for line in words:
+                    logger.info(line)
+            log = RunLog(options.fps_acc_dir, options.log_name(process.world_size), process, folder.journal)
+        folder.share()
         with log:
             _teach(options, process, parts, log, precision, folder)
     except UserError:

@@ -304,7 +304,7 @@ class RunFolder:
 
     def forget_unless_saved(self) -> None:
         """Of a run that failed before it saved anything nothing is kept."""
-        if self._save == 0:
+        if self.run and self._save == 0:
             self.remove()
 
     def close(self) -> None:

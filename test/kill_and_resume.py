@@ -71,13 +71,14 @@ class Journey:
         (folder / "slow").mkdir()
         hook = SLOW.format(marks=str(self.marks), seconds=seconds_of_a_write)
         (folder / "slow" / "sitecustomize.py").write_text(hook, encoding="utf-8")
-        self.hook, self.said = hook, folder / "said.txt"
+        self.hook, self.said, self.write = hook, folder / "said.txt", seconds_of_a_write
 
     def flags(self, name: str) -> list[str]:
         folder = self.place.folder
-        return self.place.flags(
-            **{**self.changes, "output_dir": folder / name, "fps_acc_dir": folder / f"{name}_logs", "resume": True}
-        )
+        own = {"output_dir": folder / name, "fps_acc_dir": folder / f"{name}_logs", "resume": True}
+        if name == "alone":  # it saves nothing to go on from either
+            own["save_steps"] = None
+        return self.place.flags(**{**self.changes, **own})
 
     def start(self, name: str) -> int:
         """Starts a run in a process of its own, which need not import everything anew; returns its id."""
@@ -90,8 +91,9 @@ class Journey:
             with self.said.open("ab", buffering=0) as file:
                 os.dup2(file.fileno(), 1)
                 os.dup2(file.fileno(), 2)
-            os.environ["PYTHONPATH"] = f"{self.place.folder / 'slow'}:{ROOT}"  # of the processes it may spawn
-            exec(self.hook, {})
+            if name == "killed":
+                os.environ["PYTHONPATH"] = f"{self.place.folder / 'slow'}:{ROOT}"  # of the processes it may spawn
+                exec(self.hook, {})
             sys.argv = ["main.py", *self.flags(name)]
             status = run_entry("main.py", entry.main)
         finally:
@@ -107,7 +109,7 @@ class Journey:
 
         Args:
             window: the most seconds between its first line of this start and the kill; most often that
-                is what is chosen, at times a moment while it starts.
+                is what is chosen, at times a moment while it starts, and at times the next write is waited for.
 
         Returns:
             Whether it was still running, and whether a process of it was inside a write.
@@ -121,6 +123,11 @@ class Journey:
                     return False, False
                 time.sleep(0.002)
         time.sleep(chance.uniform(0, window))
+        if chance.random() < 0.3:  # one moment more, and a write has begun
+            deadline = time.monotonic() + 5
+            while not (any(self.marks.iterdir()) or ended(child)) and time.monotonic() < deadline:
+                time.sleep(0.001)
+            time.sleep(chance.uniform(0, self.write))
         if ended(child):
             return False, False
         victims = [child, *children_of(child)]
@@ -195,10 +202,10 @@ def travel(name: str, kills: int, steps: int, chance: random.Random, window: flo
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=32, help="in all, shared among the settings")
-    parser.add_argument("--steps", type=int, default=168, help="of each run")
+    parser.add_argument("--steps", type=int, default=105, help="of each run")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--window", type=float, default=0.6, help="the most seconds from a first line to a kill")
-    parser.add_argument("--write", type=float, default=0.015, help="the seconds that a write takes longer")
+    parser.add_argument("--window", type=float, default=1.0, help="the most seconds from a first line to a kill")
+    parser.add_argument("--write", type=float, default=0.05, help="the seconds that a write takes longer")
     parser.add_argument("--only", default="", help="settings whose names hold this")
     parser.add_argument("--json", type=Path, help="a file for the counts")
     flags = parser.parse_args()

@@ -114,19 +114,24 @@ def test_a_second_signal_ends_at_once(place: Workplace) -> None:
     """Even where the first one's saving hangs."""
     (place.folder / "sitecustomize.py").write_text(
         "import os, pathlib, time\n"
+        "fsync = os.fsync\n"
         "def hangs(descriptor):\n"
-        "    pathlib.Path('hangs').touch()\n"
-        "    time.sleep(600)\n"
+        "    fsync(descriptor)\n"
+        "    if pathlib.Path('trains').exists():\n"
+        "        pathlib.Path('hangs').touch()\n"
+        "        time.sleep(600)\n"
         "os.fsync = hangs\n",
         encoding="utf-8",
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(place.folder)}
     run = subprocess.Popen(
-        [sys.executable, str(ROOT / "main.py"), *place.flags(**ENDLESS, do_finetune=True, cache_limit=0)],
+        [sys.executable, str(ROOT / "main.py"), *place.flags(**ENDLESS, do_finetune=True, save_steps=5)],
         cwd=place.folder,
         env=environment,
         stdout=subprocess.DEVNULL,
     )
+    wait_until(lambda: trains(place))
+    (place.folder / "trains").touch()
     wait_until((place.folder / "hangs").exists)
     run.send_signal(signal.SIGTERM)
     time.sleep(1.2)  # two signals in one second are one
