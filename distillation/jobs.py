@@ -78,10 +78,11 @@ def _train(options: Options, process: Process, signals: Signals) -> bool:
             run = describe(options, process) | {"compared": compared(process, precision.name, parts.digests())}
             if goes_on:
                 found.check(run)
+    folder = RunFolder(options.output_dir, process, signals, options.save_steps)
     if process.broadcast(goes_on and found.finished is not None):
         logger.info("%s: this run has ended already, there is nothing to go on with", options.output_dir)
+        folder.remove()  # of a run that was killed in its last moment
         return False
-    folder = RunFolder(options.output_dir, process, signals, options.save_steps)
     try:
         with process.together():
             if process.is_main:
@@ -159,6 +160,8 @@ def check_places(options: Options, process: Process, found: Found | None = None)
         UserError: it may not.
     """
     if not process.is_main:  # to the others the folder may already be this run's own
+        return
+    if options.resume and found.finished is not None:  # nothing will be written
         return
     sources = options.teacher_model, options.student_model, options.data_dir
     may_write = options.overwrite_output_dir or found.is_empty or (options.resume and found.has_run)

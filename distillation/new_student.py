@@ -23,6 +23,7 @@ from distillation.flags import OneLineParser, path
 from distillation.launch import run_entry
 from distillation.losses import uniform_layer_map
 from distillation.options import check_seed
+from distillation.run_record import describe_command, write_run
 from transformer.configuration import LINEAR_HEAD_ARCHITECTURE, RELU_HEAD_ARCHITECTURE, BertConfig
 from transformer.errors import UserError
 from transformer.file_utils import read_weights
@@ -123,6 +124,7 @@ def main(arguments: Sequence[str]) -> None:
     if num_labels_of(teacher) is None:  # no task is known yet: the student gets its classifier with it
         weights = {key: tensor for key, tensor in weights.items() if not key.startswith("classifier.")}
     save_model(flags.output_dir, student.config, weights, tokenizer)
+    write_run(flags.output_dir, describe_command("distillation.new_student", vars(flags), [flags.teacher]))
     parameters = sum(tensor.numel() for tensor in weights.values())
     if flags.init == "teacher_layers":
         logger.info("copied from the teacher: %s", ", ".join(copied) or "nothing, no shape is the same")

@@ -72,7 +72,11 @@ class Found:
 
     @classmethod
     def look(cls, folder: Path) -> Found:
-        """Looks into a folder, which may not exist; changes nothing."""
+        """Looks into a folder, which may not exist; changes nothing.
+
+        Raises:
+            UserError: the user may not look into it.
+        """
         record = read_object(folder / _RECORD_NAME)
         ended = read_object(folder / RUN_NAME)
         if ended is not None and (ended.get("finished") is None or not _is_run(ended)):
@@ -83,8 +87,11 @@ class Found:
             record = None  # it was killed when all was done
         elif record is not None:
             ended = None  # of the model that is being replaced
-        left = set(_leftovers(folder)) if folder.is_dir() else set()
-        is_empty = not folder.is_dir() or all(path in left for path in folder.iterdir())
+        try:
+            left = set(_leftovers(folder)) if folder.is_dir() else set()
+            is_empty = not folder.is_dir() or all(path in left for path in folder.iterdir())
+        except OSError as error:
+            raise UserError(f"{folder}: --output_dir cannot be looked into ({error.strerror})") from None
         return cls(folder, record, ended, is_empty)
 
     @property

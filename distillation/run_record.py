@@ -59,6 +59,18 @@ def describe(options: Options, process: Process) -> dict[str, Any]:
     }
 
 
+def describe_command(name: str, flags: Mapping[str, Any], models: list[Path]) -> dict[str, Any]:
+    """What is known of a command that makes a model without training it, from the files of others."""
+    return {
+        "command": name,
+        "flags": {flag: _plain(value) for flag, value in flags.items()},
+        "versions": versions(),
+        "revision": revision(),
+        "sha256": digests([path for folder in models for path in _files_of(folder)]),
+        "finished": now(),
+    }
+
+
 def flags_of(options: Options) -> dict[str, Any]:
     """The options as their flags say them."""
     names = {"task": "task_name"}

@@ -55,7 +55,8 @@ class Signals:
             yield
             return
         before = {number: signal.signal(number, self._handle) for number in ENDING}
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
         try:
             yield
         finally:
@@ -86,6 +87,9 @@ class Signals:
 @contextmanager
 def deferred() -> Iterator[None]:
     """A part of a program in which signals wait, and with them the processes that it starts, until they handle them."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows has no such masks
+        yield
+        return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     try:
         yield

@@ -327,9 +327,9 @@ class Trainer:
         wanted, signal = self.keeper.wants(self.outcome.steps, rests)
         if wanted or signal:
             self._stop_if_not_finite()
-            state = training_state.gather(self)
+            seconds = meter.seconds()
             with meter.pause("saving"):
-                self.keeper.save(state)
+                self.keeper.save(training_state.gather(self, seconds))
         if signal:
             raise Stopped(signal, f"after step {self.outcome.steps} of {self.total_steps}")
 

@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 State = dict[str, Any]
 
 
-def gather(trainer: Trainer) -> State:
+def gather(trainer: Trainer, seconds: float) -> State:
     """The state after a step; every process calls this, and the main one's is whole.
 
-    Not in a pause of the meter.
+    Args:
+        seconds: the meter's, before it was paused for this.
     """
     outcome, meter = trainer.outcome, trainer.meter
     state = {
@@ -34,7 +35,7 @@ def gather(trainer: Trainer) -> State:
         "best_step": outcome.best_step,
         "metric": trainer.metric,
         "examples": meter.examples,
-        "seconds": meter.seconds(),
+        "seconds": seconds,
         "paused": dict(meter.paused),
         "precision": trainer.precision.export_state(),
         "random": trainer.process.gather(random_state(trainer.process)),

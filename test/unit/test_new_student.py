@@ -65,7 +65,8 @@ def test_the_folder_is_whole_and_takes_over_the_teachers_form(sst2):
     make(sst2)
     folder = sst2.folder / "new"
     names = sorted(path.name for path in folder.iterdir())
-    assert names == ["config.json", "model_manifest.json", "pytorch_model.bin", "tokenizer_config.json", "vocab.txt"]
+    model = ["config.json", "model_manifest.json", "pytorch_model.bin", "tokenizer_config.json", "vocab.txt"]
+    assert names == sorted([*model, "run.json"])
     assert (folder / "vocab.txt").read_bytes() == (sst2.teacher / "vocab.txt").read_bytes()
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     expected = {

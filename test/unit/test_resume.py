@@ -214,6 +214,11 @@ class TestWhatMayBeResumed:
         assert "--seed was 42, is 7" in self.again(stopped, seed=7).err
         record = json.loads((stopped.model / "run.json").read_text(encoding="utf-8"))
         assert len(record["resumed"]) == 1
+        (stopped.model / "training_state.json").write_text(  # killed before it could take this away
+            json.dumps({"id": record["id"], "run": record, "logs": {}}), encoding="utf-8"
+        )
+        assert "this run has ended already" in self.again(stopped).out
+        assert not list(stopped.model.glob("training_state*"))
 
     def test_a_folder_with_something_else_is_refused(self, stopped: Workplace, tmp_path: Path) -> None:
         (tmp_path / "other").mkdir()

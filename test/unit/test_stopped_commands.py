@@ -97,8 +97,7 @@ def test_processes_of_torchrun_stop_together(place: Workplace, victim: str) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("seconds", [0.5, 2.0])
+@pytest.mark.parametrize(("number", "seconds"), [(signal.SIGINT, 0.5), (signal.SIGTERM, 2.0)])
 def test_a_command_that_still_starts_ends_with_a_line(place: Workplace, number: int, seconds: float) -> None:
     """While it imports, reads or asks its teacher: no traceback, nothing half-written."""
     run = start([str(ROOT / "main.py"), *place.flags(**ENDLESS)], place.folder)

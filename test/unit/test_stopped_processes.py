@@ -25,8 +25,6 @@ COMMON = {
 SETTINGS: dict[str, dict[str, Any]] = {
     "intermediate, amp": {"amp": True, "amp_dtype": "bf16"},
     "prediction, accumulation": {"pred_distill": True, "gradient_accumulation_steps": 2},
-    "states kept": {"keep_teacher_states": True},
-    "fine-tuning": {"do_finetune": True, "student_model": None},
 }
 
 
