@@ -17,7 +17,7 @@ import pytest
 import torch
 from cases import Workplace
 from stopped_runs import attempt, dropout_place, outcome, signal_in_step
-from test_precision import APEX, forget_apex
+from test_apex import APEX, forget_apex
 
 from distillation.journal import Journal, take_back
 from distillation.precision import ApexMixedPrecision
@@ -161,7 +161,7 @@ class TestWhatMayBeResumed:
                 {"learning_rate": 2e-3, "num_train_epochs": 5},
                 "--learning_rate was 0.001, is 0.002; --num_train_epochs was 4",
             ),
-            ({"group_by_length": True}, "--group_by_length was off, is on"),
+            ({"no-group_by_length": True}, "--group_by_length was on, is off"),
             ({"pred_distill": None}, "the stage was prediction-layer distillation, is intermediate-layer distillation"),
             ({"amp": True, "amp_dtype": "bf16"}, "the precision was fp32, is bfloat16-O1"),
         ]:
