@@ -247,11 +247,11 @@ def _teach(
             write_results(options.output_dir, options.task, results, folder.journal, global_step=step)
         return results[options.task.dev_files[0]].metrics[options.task.metric.chosen_by]
 
-    def save() -> None:
+    def save(so_far: Outcome) -> None:
         if process.is_main:
             weights = precision.weights(learner.model)
             save_model(options.output_dir, learner.model.config, weights, learner.tokenizer)
-            folder.write_run(step=trainer.outcome.steps, best=best_of(trainer.outcome, options.task))
+            folder.write_run(step=so_far.steps, best=best_of(so_far, options.task))
 
     seed_process(options.seed, process.rank)  # from here on each process draws its own dropout
     trainer = Trainer(

@@ -144,6 +144,7 @@ class TorchMixedPrecision(Precision):
         # bf16 has fp32's range: a static loss scale would change nothing but cost a pass over all gradients, and
         # what overflows is no overflow of half precision.
         self.waits = loss_scale is None or dtype == torch.float16
+        self.takes_sparse_gradients = level == "O1" or dtype != torch.float16  # torch adds none up in fp16
         self.dynamic = loss_scale is None
         self._scale = _FIRST_DYNAMIC_SCALE if loss_scale is None else loss_scale if self.waits else 1.0
         self._steps_since_overflow = 0

@@ -106,7 +106,7 @@ class Trainer:
         schedule: how long and how often.
         precision: has not been prepared yet.
         judge: evaluates the model and returns the metric that chooses; called where the stage has one.
-        save: writes the model.
+        save: writes the model, of which so much is known.
         keeper: keeps the state; None keeps nothing.
     """
 
@@ -121,7 +121,7 @@ class Trainer:
         precision: Precision,
         log: RunLog,
         judge: Callable[[int], float],
-        save: Callable[[], None],
+        save: Callable[[Outcome], None],
         title: str,
         keeper: Keeper | None = None,
     ) -> None:
@@ -317,7 +317,7 @@ class Trainer:
             keep = last or time.monotonic() - self._saved_at > SECONDS_BETWEEN_SAVES
         if keep:
             with meter.pause("saving"):
-                self.save()
+                self.save(self.outcome)
             self._saved_at = time.monotonic()
 
     def _keep(self, meter: FpsMeter, rests: bool) -> None:

@@ -19,6 +19,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,8 @@ class Journey:
                 exec(self.hook, {})
             sys.argv = ["main.py", *self.flags(name)]
             status = run_entry("main.py", entry.main)
+        except BaseException:
+            self.said.write_text(traceback.format_exc(), encoding="utf-8")
         finally:
             os._exit(status)
 
