@@ -161,6 +161,7 @@ def check_places(options: Options, process: Process, found: Found | None = None)
     """
     if not process.is_main:  # to the others the folder may already be this run's own
         return
+    found = Found.look(options.output_dir) if found is None else found
     if options.resume and found.finished is not None:  # nothing will be written
         return
     sources = options.teacher_model, options.student_model, options.data_dir
