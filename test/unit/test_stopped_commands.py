@@ -76,7 +76,7 @@ def test_processes_of_torchrun_stop_together(place: Workplace, victim: str) -> N
     """torchrun passes on what it is sent; the death of one of its processes is told by the other."""
     port = ["--master_port", str(free_port())]
     run = start([*TORCHRUN, *port, str(ROOT / "main.py"), *place.flags(**ENDLESS, save_steps=1)], place.folder)
-    wait_until(lambda: trains(place))
+    wait_until(lambda: (place.model / "training_state.bin").exists())
     workers = [int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
     assert len(workers) == 2
     if victim == "all":
