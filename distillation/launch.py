@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import NamedTuple, NoReturn
@@ -178,6 +179,7 @@ def _spawn(options: Options, kind: str, signals: Signals) -> None:
     context = multiprocessing.get_context("spawn")
     children: list[BaseProcess] = []
     reports: list[Connection] = []
+    resource_tracker.ensure_running()  # its start unblocks the signals that `deferred` holds back
     try:
         for rank in range(count):
             receiver, sender = context.Pipe(duplex=False)
@@ -265,9 +267,10 @@ def _wait_for(children: Sequence[BaseProcess], reports: Sequence[Connection]) ->
     running = list(children)
     while running:
         wait([child.sentinel for child in running])
+        # First this: a process may be found to have ended only at the second look after its sentinel told of it.
+        running = [child for child in running if child.exitcode is None]
         if any(child.exitcode not in (None, 0) for child in children):
             _raise_cause(children, reports)
-        running = [child for child in running if child.exitcode is None]
 
 
 def _raise_cause(children: Sequence[BaseProcess], reports: Sequence[Connection]) -> None:

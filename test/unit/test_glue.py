@@ -258,7 +258,7 @@ def test_a_regression_learns_by_squared_error(
 
     def keep(optimizer: Optimizer, *_: object) -> None:
         if not found:
-            found.extend(p.grad.clone() for group in optimizer.param_groups for p in group["params"])
+            found.extend(p.grad.clone().to_dense() for group in optimizer.param_groups for p in group["params"])
 
     hook = register_optimizer_step_pre_hook(keep)
     try:
