@@ -17,7 +17,7 @@ from data_processing.tasks import augmentation_command
 from distillation.checkpoint import check_can_make, check_output_dir, make_folder, save_model
 from distillation.device import Process, first_of_machine_first, seed_process
 from distillation.inference import DevSets, padding_of, precision_of, run_evaluation, run_predictions, shown
-from distillation.logs import RunLog, check_logs, clock, log_files
+from distillation.logs import RunLog, check_logs, log_files
 from distillation.losses import choose_layer_map
 from distillation.models import (
     LoadedModel,
@@ -32,6 +32,7 @@ from distillation.options import Options, Stage
 from distillation.precision import Precision
 from distillation.results import check_copy, check_results, copy_outputs, results_files, write_results
 from distillation.resume import Found, RunFolder, compared, digest_of_states
+from distillation.run_messages import say_outcome, say_settings
 from distillation.run_record import best_of, describe
 from distillation.signals import Signals, Stopped
 from distillation.stages import FineTuning, IntermediateStage, PredictionStage, TrainingStage, freeze_unused
@@ -75,7 +76,7 @@ def _train(options: Options, process: Process, signals: Signals) -> bool:
     run = {}
     with process.together():
         if process.is_main:
-            run = describe(options, process) | {"compared": compared(process, precision.name, parts.digests())}
+            run = describe(options, process) | {"compared": compared(process, precision.name, options.task, parts.digests())}
             if goes_on:
                 found.check(run)
     folder = RunFolder(options.output_dir, process, signals, options.save_steps)
@@ -96,7 +97,7 @@ def _train(options: Options, process: Process, signals: Signals) -> bool:
         folder.share()
         with log:
             _teach(options, process, parts, log, precision, folder)
-    except UserError:
+    except (Exception, Stopped):
         folder.forget_unless_saved()
         raise
     finally:
@@ -197,7 +198,7 @@ def _teach(
     schedule = _schedule(options)
     learner.model.to(process.device)
     freeze_unused(learner.model, stage.unused)
-    _say_settings(options, process, parts)
+    say_settings(options, process, parts.features, learner.model)
     if parts.teacher is not None:
         asked_once = (
             isinstance(stage, PredictionStage)
@@ -281,33 +282,9 @@ def _teach(
             outcome = trainer.run(state)
     except Stopped as error:
         raise Stopped(error.number, f"{error.where}; the same command with --resume goes on from there") from None
-    _say_outcome(options, outcome, log)
+    say_outcome(options, outcome, log)
     if process.is_main:
         folder.end(steps=outcome.steps, skipped=outcome.skipped, best=best_of(outcome, options.task))
-
-
-def _say_outcome(options: Options, outcome: Outcome, log: RunLog) -> None:
-    chooser = options.task.dev_files[0]
-    best = outcome.best if outcome.best_step else None
-    if best is not None:
-        step = outcome.best_step
-        logger.info(
-            "best %s %.4f (%s chose the checkpoint of step %d)", options.task.metric.chosen_by, best, chooser, step
-        )
-    if outcome.skipped:
-        logger.info("%d steps were skipped because a gradient overflowed", outcome.skipped)
-    aside = ", ".join(f"{name} {clock(seconds)}" for name, seconds in outcome.seconds.items())
-    logger.info("%d steps, FPS %.2f; beside training: %s", outcome.steps, outcome.fps, aside)
-    log.record(
-        "end",
-        steps=outcome.steps,
-        fps=outcome.fps,
-        fps_examples=outcome.examples,
-        best=best,
-        seconds_aside=outcome.seconds,
-        skipped=outcome.skipped,
-    )
-    logger.info("the model is in %s", options.output_dir)
 
 
 def _models(options: Options) -> tuple[LoadedModel | None, LoadedModel]:
@@ -374,21 +351,4 @@ def _schedule(options: Options) -> Schedule:
         output_txt_step=options.output_txt_step,
         workers=options.workers,
         performance=options.performance,
-    )
-
-
-def _say_settings(options: Options, process: Process, parts: TrainingParts) -> None:
-    processes = f" in {process.world_size} processes" if process.world_size > 1 else ""
-    parameters = sum(p.numel() for p in parts.learner.model.parameters())
-    logger.info(
-        "%s of %s on %s%s: %d examples of %.1f tokens, batch %d, %g epochs, %.1f million parameters",
-        options.stage.value,
-        options.task.name,
-        process.device,
-        processes,
-        len(parts.features),
-        parts.features.lengths.mean(),
-        options.train_batch_size,
-        options.num_train_epochs,
-        parameters / 1e6,
     )

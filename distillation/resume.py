@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import time
 import warnings
@@ -28,6 +29,7 @@ from torch import distributed
 from data_processing.batching import Padding
 from data_processing.cache import digest
 from data_processing.features import Features
+from data_processing.tasks import Task
 from distillation.device import Process
 from distillation.journal import Journal, sizes_of, take_back
 from distillation.run_record import RUN_NAME, now, read_object, write_run
@@ -43,6 +45,8 @@ except ImportError:  # Windows has no such locks
     fcntl = None  # type: ignore[assignment]
 
 _RECORD_NAME, _STATE_NAME, _JOURNAL_NAME = (f"training_state.{ending}" for ending in ("json", "bin", "log"))
+_ANEW = "; --overwrite_output_dir without --resume begins anew"
+_ANEW_SCRIPTS = "; --overwrite_output_dir without --resume (with the scripts: without RESUME=1) begins anew"
 _FORM = 1  # raised when the state changes its meaning
 _SECONDS_BETWEEN_SAVES = 60.0
 _EXAMPLES_IN_A_SAMPLE = 64
@@ -62,7 +66,8 @@ class Found:
 
     record: what the run wrote when it began; None where there is no stopped run.
     finished: the run.json of a run that has ended; None where there is none.
-    is_empty: whether it holds nothing but what a kill has left of files that never were.
+    is_empty: whether it holds nothing but what a kill has left of files that never were, or of a run before its
+        first saving.
     """
 
     folder: Path
@@ -88,7 +93,7 @@ class Found:
         elif record is not None:
             ended = None  # of the model that is being replaced
         try:
-            left = set(_leftovers(folder)) if folder.is_dir() else set()
+            left = {*_leftovers(folder), folder / _RECORD_NAME, folder / _JOURNAL_NAME} if folder.is_dir() else set()
             is_empty = not folder.is_dir() or all(path in left for path in folder.iterdir())
         except OSError as error:
             raise UserError(f"{folder}: --output_dir cannot be looked into ({error.strerror})") from None
@@ -113,13 +118,14 @@ class Found:
             return
         before, now = _settings(known), _settings(json.loads(json.dumps(run)))
         changed = [
-            f"{name} was {_shown(before.get(name))}, is {_shown(now.get(name))}"
+            _change(name, before.get(name), now.get(name))
             for name in {**before, **now}
             if before.get(name) != now.get(name)
         ]
         if changed:
             raise UserError(
-                f"{self.folder}: --resume goes on with the settings that the run there began with: {'; '.join(changed)}"
+                f"{self.folder}: --resume goes on with the settings that the run there began with: "
+                f"{'; '.join(changed)}{_ANEW_SCRIPTS}"
             )
 
 
@@ -152,6 +158,12 @@ def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[st
     return [f"the weights may differ in their last bits: {', '.join(changed)}"] if changed else []
 
 
+def _change(name: str, before: Any, now: Any) -> str:
+    if any(isinstance(value, str) and re.fullmatch("[0-9a-f]{32}", value) for value in (before, now)):  # a digest
+        return f"{name} has changed"
+    return f"{name} was {_shown(before)}, is {_shown(now)}"
+
+
 def _shown(value: Any) -> str:
     if value is None:
         return "not set"
@@ -166,15 +178,18 @@ def _leftovers(folder: Path) -> list[Path]:
     return leftovers(folder, (*MODEL_FILES, MANIFEST_NAME, RUN_NAME, _RECORD_NAME, _STATE_NAME))
 
 
-def compared(process: Process, precision: str, digests: Mapping[str, str]) -> dict[str, Any]:
+def compared(process: Process, precision: str, task: Task, digests: Mapping[str, str]) -> dict[str, Any]:
     """What changes a run's weights beside its flags, by the names that a message gives it.
 
     Args:
         precision: the name of the one that is used, which the device has chosen too.
+        task: its name alone is a flag; a file may say something else of it now.
         digests: of the data and the models, by what they are.
     """
     device = {"the device": process.device.type, "the number of processes": process.world_size}
-    return {**device, "the precision": precision, **digests}
+    metric = {"the metric that chooses": task.metric.chosen_by}
+    row = {name: value for name, value in vars(task).items() if name != "metric"}
+    return {**device, "the precision": precision, **metric, "the task's description": digest(**row), **digests}
 
 
 def _settings(run: Mapping[str, Any]) -> dict[str, Any]:
@@ -200,6 +215,7 @@ class RunFolder:
     teacher: str = ""
     journal: Journal | None = None
     _save: int = 0
+    _has_made: bool = False  # a state or a model
     _saved_at: float = field(default_factory=time.monotonic)
     _logs: dict[str, int] = field(default_factory=dict)
     _lock: int | None = None
@@ -224,6 +240,7 @@ class RunFolder:
         words = []
         if goes_on and found.record is not None:
             record = found.record
+            self._has_made = not found.is_empty
             words = self._take_up(record) + _differences(record["run"], run)
             record["run"]["resumed"] = [*record["run"].get("resumed", []), now()]
         else:
@@ -278,7 +295,7 @@ class RunFolder:
                     "logs": sizes_of(self._logs, self.journal),
                 }
                 self._write(_STATE_NAME, partial(save_tensors, content))
-                self._save, self._logs = content["save"], content["logs"]
+                self._save, self._logs, self._has_made = content["save"], content["logs"], True
                 self.journal.begin(self._save)
         self._saved_at = time.monotonic()
 
@@ -288,6 +305,7 @@ class RunFolder:
         Raises:
             UserError: it cannot be written.
         """
+        self._has_made = True
         self.run |= also
         write_run(self.folder, self.run)
 
@@ -310,8 +328,8 @@ class RunFolder:
                 (self.folder / name).unlink(missing_ok=True)
 
     def forget_unless_saved(self) -> None:
-        """Of a run that failed before it saved anything nothing is kept."""
-        if self.run and self._save == 0:
+        """Of a run that failed before it saved a state or a model nothing is kept."""
+        if self.run and not self._has_made:
             self.remove()
 
     def close(self) -> None:
@@ -332,9 +350,7 @@ def _read_state(path: Path, identity: str) -> State:
             raise ValueError("it is of another run")
     except Exception as error:  # a broken file can raise any
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise UserError(
-            f"{path}: cannot be gone on from ({reason}); --overwrite_output_dir without --resume begins anew"
-        ) from None
+        raise UserError(f"{path}: cannot be gone on from ({reason}){_ANEW}") from None
     return state
 
 

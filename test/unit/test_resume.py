@@ -172,12 +172,12 @@ class TestWhatMayBeResumed:
         other = shutil.copytree(stopped.data, stopped.folder / "other data")
         with (other / "train.tsv").open("a", encoding="utf-8") as file:
             file.write("a new film\t1\n")
-        assert "the training set was" in self.again(stopped, data_dir=other).err
+        assert "the training set has changed" in self.again(stopped, data_dir=other).err
         torch.save(
             {k: v + 1 for k, v in torch.load(stopped.teacher / "pytorch_model.bin", weights_only=True).items()},
             stopped.teacher / "pytorch_model.bin",
         )
-        assert "the teacher was" in self.again(stopped).err
+        assert "the teacher has changed; --overwrite_output_dir without --resume" in self.again(stopped).err
         assert state() == before
 
     def test_what_changes_no_weight_may_change(self, stopped: Workplace) -> None:
