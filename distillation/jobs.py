@@ -58,14 +58,14 @@ def run(options: Options, process: Process, signals: Signals | None = None) -> N
         run_evaluation(options, process)
     elif options.stage is Stage.PREDICTIONS:
         run_predictions(options, process)
-    elif not _train(options, process, signals or Signals()):
-        return
+    else:
+        _train(options, process, signals or Signals())
     if options.data_url and process.is_main:
         copy_outputs(options.output_dir, options.data_url, options.task)
 
 
-def _train(options: Options, process: Process, signals: Signals) -> bool:
-    """Trains; returns whether there was something left to do."""
+def _train(options: Options, process: Process, signals: Signals) -> None:
+    """Trains, where there is something left to do."""
     with process.together():
         found = Found.look(options.output_dir)
         check_places(options, process, found)
@@ -76,14 +76,18 @@ def _train(options: Options, process: Process, signals: Signals) -> bool:
     run = {}
     with process.together():
         if process.is_main:
-            run = describe(options, process) | {"compared": compared(process, precision.name, options.task, parts.digests())}
+            run = describe(options, process) | {
+                "compared": compared(process, precision.name, options.task, parts.digests())
+            }
             if goes_on:
                 found.check(run)
     folder = RunFolder(options.output_dir, process, signals, options.save_steps)
     if process.broadcast(goes_on and found.finished is not None):
         logger.info("%s: this run has ended already, there is nothing to go on with", options.output_dir)
+        if options.data_url:
+            logger.info("%s: all is copied to --data_url %s", options.output_dir, options.data_url)
         folder.remove()  # of a run that was killed in its last moment
-        return False
+        return
     try:
         with process.together():
             if process.is_main:
@@ -104,7 +108,6 @@ def _train(options: Options, process: Process, signals: Signals) -> bool:
         folder.close()
     if options.performance:
         logger.info("End performance testing. Ready to exit.")
-    return True
 
 
 def _logs(options: Options, process: Process) -> tuple[Path, ...]:
@@ -163,7 +166,8 @@ def check_places(options: Options, process: Process, found: Found | None = None)
     if not process.is_main:  # to the others the folder may already be this run's own
         return
     found = Found.look(options.output_dir) if found is None else found
-    if options.resume and found.finished is not None:  # nothing will be written
+    if options.resume and found.finished is not None:  # nothing else will be written
+        check_copy(options, has_ended=True)
         return
     sources = options.teacher_model, options.student_model, options.data_dir
     may_write = options.overwrite_output_dir or found.is_empty or (options.resume and found.has_run)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from filecmp import cmp
 from functools import partial
 from pathlib import Path, PurePath
 from typing import BinaryIO
@@ -17,7 +19,9 @@ from distillation.journal import Appended, Journal
 from distillation.options import Options
 from transformer.errors import UserError
 from transformer.file_utils import write_together
-from transformer.saving import MANIFEST_NAME, MODEL_FILES, read_manifest, write_atomically, write_model
+from transformer.saving import MANIFEST_NAME, MODEL_FILES, leftovers, read_manifest, write_atomically, write_model
+
+_STAGED = re.compile(rf"\.({'|'.join(map(re.escape, MODEL_FILES))})\.[0-9a-f]{{16}}\.new")  # `settle` would use it
 
 
 def _beside(folder: Path, task: Task) -> dict[str, Path]:
@@ -122,8 +126,11 @@ def write_predictions(output_dir: Path, predicted: Mapping[str, tuple[Sequence[s
         raise UserError(f"{output_dir}: the predictions cannot be written ({error.strerror})") from None
 
 
-def check_copy(options: Options) -> None:
+def check_copy(options: Options, has_ended: bool = False) -> None:
     """Checks, and makes nothing, that what is made can be copied to --data_url.
+
+    Args:
+        has_ended: whether all is made already; then what an earlier copying has left there may be replaced.
 
     Raises:
         UserError: it is no folder that may be written, one that the run reads or writes, or it holds something already.
@@ -138,12 +145,29 @@ def check_copy(options: Options) -> None:
     for source in (options.teacher_model, options.student_model, options.data_dir):
         if source is not None and source.resolve() == target.resolve():
             raise UserError(f"--data_url {target}: is a folder that this run reads from; give another one")
-    for folder in _beside(target, options.task).values():
+    sources = _beside(options.output_dir, options.task)
+    for file, folder in _beside(target, options.task).items():
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--data_url {folder}: is a file, a folder is needed")
         check_can_make(folder, "--data_url")
-        if not options.overwrite_output_dir and folder.is_dir() and any(folder.iterdir()):
+        may_replace = options.overwrite_output_dir or (has_ended and _is_copy(sources[file], folder))
+        if not may_replace and folder.is_dir() and any(folder.iterdir()):
             raise UserError(f"--data_url {folder}: is not empty; give another folder, or --overwrite_output_dir")
+
+
+def _is_copy(source: Path, target: Path) -> bool:
+    """Whether a folder holds nothing but what copying another one, to its end or not, has left there."""
+    if not target.is_dir():
+        return False
+    left = set(leftovers(target, [path.name for path in (*source.glob("*"), source / MANIFEST_NAME)]))
+    return all(
+        path in left
+        or path.name == MANIFEST_NAME  # each copying makes its own
+        or _STAGED.fullmatch(path.name) is not None
+        or (path.is_dir() and _is_copy(source / path.name, path))
+        or (path.is_file() and (source / path.name).is_file() and cmp(path, source / path.name, shallow=False))
+        for path in target.iterdir()
+    )
 
 
 def copy_outputs(output_dir: Path, target: str, task: Task) -> None:

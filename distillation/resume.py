@@ -37,7 +37,15 @@ from distillation.signals import Signals
 from distillation.teacher_states import KeptStates
 from distillation.training_state import State
 from transformer.errors import UserError
-from transformer.saving import MANIFEST_NAME, MODEL_FILES, leftovers, save_tensors, write_atomically
+from transformer.saving import (
+    MANIFEST_NAME,
+    MODEL_FILES,
+    SAFETENSORS_NAME,
+    WEIGHTS_NAME,
+    leftovers,
+    save_tensors,
+    write_atomically,
+)
 
 try:
     import fcntl
@@ -111,7 +119,7 @@ class Found:
             run: what run.json would say of it.
 
         Raises:
-            UserError: its settings were others; the message shows which.
+            UserError: its settings were others; the message shows which. Or its model is gone.
         """
         known = self.record["run"] if self.record else self.finished
         if known is None:
@@ -127,6 +135,15 @@ class Found:
                 f"{self.folder}: --resume goes on with the settings that the run there began with: "
                 f"{'; '.join(changed)}{_ANEW_SCRIPTS}"
             )
+        if self.finished is not None and self.finished.get("model"):
+            _check_has_model(self.folder)
+
+
+def _check_has_model(folder: Path) -> None:
+    """Whether there is one, whichever: a user may have changed it. Raises UserError."""
+    waiting = folder.glob(f".{WEIGHTS_NAME}.*.new")  # for `settle`
+    if not ((folder / WEIGHTS_NAME).is_file() or (folder / SAFETENSORS_NAME).is_file() or any(waiting)):
+        raise UserError(f"{folder}: the model of the run there is gone{_ANEW}")
 
 
 def digest_of_states(kept: KeptStates, features: Features, padding: Padding) -> str:
@@ -232,9 +249,12 @@ class RunFolder:
             What the user should know.
 
         Raises:
-            UserError: another run is at work there, or a file cannot be read or written.
+            UserError: another run is at work there, or was since it was looked at; or a file cannot be read or written.
         """
         self._lock = _locked(self.folder)
+        meanwhile = Found.look(self.folder)
+        if (meanwhile.record, meanwhile.finished) != (found.record, found.finished):
+            raise UserError(f"{self.folder}: what it holds of a run has changed meanwhile; start again")
         for path in _leftovers(self.folder):
             path.unlink(missing_ok=True)
         words = []
@@ -258,6 +278,8 @@ class RunFolder:
         path, logs = self.folder / _STATE_NAME, record["logs"]
         if path.exists():
             self.state = _read_state(path, record["id"])
+            if self.state["best_step"]:
+                _check_has_model(self.folder)
             self._save, logs = self.state["save"], self.state["logs"]
             words = [f"{self.folder}: going on after step {self.state['step']}"]
         else:

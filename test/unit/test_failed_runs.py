@@ -1,7 +1,8 @@
-"""Runs that failed, that were stopped early, or whose folder has changed: what a plain start and --resume make of it."""
+"""Runs that failed, that were stopped early, or whose folder has changed: what the next command makes of it."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from cases import Workplace
 from stopped_runs import attempt, dropout_place, signal_in_step
 
+import task_distill
 from distillation import jobs
 from distillation.trainer import Trainer
 
@@ -96,3 +98,85 @@ def test_a_refusal_of_other_settings_names_the_way_out(stopped: Workplace) -> No
     assert refused.status == 2
     assert "--seed was 42, is 7; --overwrite_output_dir without --resume (with the scripts: without " in refused.err
     assert refused.err.endswith("RESUME=1) begins anew\n")
+
+
+def test_a_task_file_that_says_something_else_is_refused(place: Workplace) -> None:
+    """Its metric chooses the checkpoint, its labels number the scores: the name of the task alone tells neither."""
+    place.entry = task_distill
+    file = place.data / "task.json"
+    described = {"name": "Mine", "train": "train.tsv", "dev": "dev.tsv", "text": 0, "label": 1, "labels": ["0", "1"]}
+    file.write_text(json.dumps(described), encoding="utf-8")
+    flags: dict[str, Any] = {"task_name": None, "task_file": file}
+    with signal_in_step(3):
+        assert again(place, **flags).status == 128 + signal.SIGTERM
+    file.write_text(json.dumps(described | {"metric": "matthews"}), encoding="utf-8")
+    refused = again(place, **flags, resume=True)
+    assert "the metric that chooses was acc, is mcc" in refused.err
+    file.write_text(json.dumps(described | {"labels": ["1", "0"]}), encoding="utf-8")
+    assert "the task's description has changed" in again(place, **flags, resume=True).err
+    file.write_text(json.dumps(described), encoding="utf-8")
+    assert again(place, **flags, resume=True).status == 0
+
+
+class TestTheCopy:
+    """Of --data_url, which a stop between the end of the run and its copying, or a full disk, has kept away."""
+
+    @pytest.fixture
+    def ended(self, place: Workplace) -> Workplace:
+        place.entry = task_distill
+        assert again(place).status == 0
+        return place
+
+    def test_is_made_by_resuming_the_run_that_has_ended(self, ended: Workplace) -> None:
+        target = ended.folder / "copy"
+        for _ in range(2):  # RESUME=1 may always be given
+            done = again(ended, resume=True, data_url=target)
+            assert done.status == 0, done.err
+            assert "this run has ended already" in done.out
+        (target / "pytorch_model.bin").unlink()  # it was broken off
+        (target / ".run.json.abcdefgh.tmp").write_text("{", encoding="utf-8")
+        assert again(ended, resume=True, data_url=target).status == 0
+        names = {path.name for path in ended.model.iterdir()}
+        assert names <= {path.name for path in target.iterdir()}
+        for name in names - {"model_manifest.json"}:
+            assert (target / name).read_bytes() == (ended.model / name).read_bytes()
+
+    def test_replaces_nothing_else(self, ended: Workplace) -> None:
+        target = ended.folder / "copy"
+        target.mkdir()
+        (target / "run.json").write_text("of another run", encoding="utf-8")
+        refused = again(ended, resume=True, data_url=target)
+        assert refused.status == 2
+        assert f"--data_url {target}: is not empty" in refused.err
+
+
+def test_a_model_that_is_gone_is_told(stopped: Workplace) -> None:
+    """Of a run that was stopped after it had chosen one, and of a run that has ended."""
+    weights = stopped.model / "pytorch_model.bin"
+    content = weights.read_bytes()
+    for _ in range(2):
+        weights.unlink()
+        refused = again(stopped, resume=True)
+        assert refused.status == 2
+        assert refused.err == (
+            f"main.py: error: {stopped.model}: the model of the run there is gone; "
+            "--overwrite_output_dir without --resume begins anew\n"
+        )
+        weights.write_bytes(content)
+        assert again(stopped, resume=True).status == 0
+
+
+def test_a_folder_that_changes_before_it_is_locked_is_told(stopped: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run takes up the stopped one, and ends, while this one reads its data."""
+    read = jobs.TrainingParts.read
+
+    def and_another(*given: Any) -> Any:
+        monkeypatch.setattr(jobs.TrainingParts, "read", read)
+        assert again(stopped, resume=True).status == 0
+        return read(*given)
+
+    monkeypatch.setattr(jobs.TrainingParts, "read", and_another)
+    refused = again(stopped, resume=True)
+    assert refused.status == 2
+    assert refused.err.endswith("what it holds of a run has changed meanwhile; start again\n")
+    assert states(stopped) == []
