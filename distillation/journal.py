@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from transformer.errors import UserError
@@ -106,6 +106,25 @@ def sizes_of(files: Mapping[str, int], journal: Journal | None = None) -> dict[s
     """The sizes that these files, by their paths, have now; and those that a journal notes lines of."""
     paths = {Path(name) for name in files} | set(journal.noted() if journal else ())
     return {str(path.absolute()): path.stat().st_size if path.is_file() else 0 for path in paths}
+
+
+def sync(files: Iterable[Path]) -> None:
+    """Waits until what these files hold is on the disk: of those that are there.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    for path in files:
+        try:
+            opened = os.open(path, os.O_RDWR)
+        except OSError:  # it was taken away, or another user's now: then nothing is appended any more
+            continue
+        try:
+            os.fsync(opened)
+        except OSError as error:
+            raise UserError(f"{path}: the log cannot be written ({error.strerror})") from None
+        finally:
+            os.close(opened)
 
 
 def take_back(journal: Journal, sizes: Mapping[str, int]) -> list[Path]:

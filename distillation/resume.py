@@ -15,7 +15,6 @@ import os
 import re
 import secrets
 import time
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -31,9 +30,10 @@ from data_processing.cache import digest
 from data_processing.features import Features
 from data_processing.tasks import Task
 from distillation.device import Process
-from distillation.journal import Journal, sizes_of, take_back
+from distillation.journal import Journal, sizes_of, sync, take_back
 from distillation.run_record import RUN_NAME, now, read_object, write_run
 from distillation.signals import Signals
+from distillation.state_file import read_checked, write_checked
 from distillation.teacher_states import KeptStates
 from distillation.training_state import State
 from transformer.errors import UserError
@@ -43,7 +43,6 @@ from transformer.saving import (
     SAFETENSORS_NAME,
     WEIGHTS_NAME,
     leftovers,
-    save_tensors,
     write_atomically,
 )
 
@@ -55,7 +54,7 @@ except ImportError:  # Windows has no such locks
 _RECORD_NAME, _STATE_NAME, _JOURNAL_NAME = (f"training_state.{ending}" for ending in ("json", "bin", "log"))
 _ANEW = "; --overwrite_output_dir without --resume begins anew"
 _ANEW_SCRIPTS = "; --overwrite_output_dir without --resume (with the scripts: without RESUME=1) begins anew"
-_FORM = 1  # raised when the state changes its meaning
+_FORM = 2  # raised when the state changes its meaning
 _SECONDS_BETWEEN_SAVES = 60.0
 _EXAMPLES_IN_A_SAMPLE = 64
 # Processes on accelerators agree no more often than this: to do so each waits for its device.
@@ -308,6 +307,7 @@ class RunFolder:
         with self.process.together():
             if self.process.is_main:
                 assert self.journal is not None  # the run has begun
+                sync({*map(Path, self._logs), *self.journal.noted()})  # a state tells of no line that could still go
                 content = {
                     **state,
                     "form": _FORM,
@@ -316,7 +316,7 @@ class RunFolder:
                     "save": self._save + 1,
                     "logs": sizes_of(self._logs, self.journal),
                 }
-                self._write(_STATE_NAME, partial(save_tensors, content))
+                self._write(_STATE_NAME, partial(write_checked, content))
                 self._save, self._logs, self._has_made = content["save"], content["logs"], True
                 self.journal.begin(self._save)
         self._saved_at = time.monotonic()
@@ -363,9 +363,7 @@ class RunFolder:
 
 def _read_state(path: Path, identity: str) -> State:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is wrong with a file is told by the error
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_checked(path)
         if state["form"] != _FORM:
             raise ValueError("it is of another version of this project")
         if state["id"] != identity:

@@ -124,7 +124,7 @@ def write_model(folder: Path, writers: Mapping[str, Callable[[BinaryIO], object]
     def stage(name: str, write: Callable[[BinaryIO], object]) -> dict[str, Any]:
         staged.append(_staged(folder, name, identity))
         with staged[-1].open("xb") as file:
-            hashed = _Hashed(file)
+            hashed = Hashed(file)
             write(hashed)  # type: ignore[arg-type]
             file.flush()
             os.fsync(file.fileno())
@@ -232,7 +232,7 @@ def _staged(folder: Path, name: str, identity: str) -> Path:
     return folder / f".{name}.{identity}.new"
 
 
-class _Hashed(io.RawIOBase):
+class Hashed(io.RawIOBase):
     """Passes on what is written, and knows its size and SHA-256."""
 
     def __init__(self, file: BinaryIO) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -180,3 +181,40 @@ def test_a_folder_that_changes_before_it_is_locked_is_told(stopped: Workplace, m
     assert refused.status == 2
     assert refused.err.endswith("what it holds of a run has changed meanwhile; start again\n")
     assert states(stopped) == []
+
+
+def test_a_state_with_a_changed_bit_is_told(stopped: Workplace) -> None:
+    """torch itself reads it: the weights of a stopped run would be others, without a word."""
+    state = stopped.model / "training_state.bin"
+    content = state.read_bytes()
+    weights = torch.load(state, weights_only=True)["weights"]
+    place = content.index(weights["bert.pooler.dense.weight"].numpy().tobytes())
+    broken = bytearray(content)
+    broken[place + 3] ^= 0x40
+    state.write_bytes(broken)
+    assert not torch.load(state, weights_only=True)["weights"]["bert.pooler.dense.weight"].equal(
+        weights["bert.pooler.dense.weight"]
+    )
+    for wrong in (bytes(broken), content[:-1], content + b"0", content[:40]):
+        state.write_bytes(wrong)
+        refused = again(stopped, resume=True)
+        assert refused.status == 2
+        assert "training_state.bin: cannot be gone on from (it is not what was saved" in refused.err
+        assert refused.err.count("\n") == 1
+    state.write_bytes(content)
+    assert again(stopped, resume=True).status == 0
+
+
+def test_the_logs_are_on_the_disk_before_a_state_is(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a power cut a state must not tell of lines that are gone."""
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def note(file: int) -> None:
+        synced.append(re.sub(r"\.[a-z0-9_]{8}\.tmp", "", Path(os.readlink(f"/proc/self/fd/{file}")).name))
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", note)
+    assert again(place, save_steps=5).status == 0
+    before = synced[: synced.index(".training_state.bin")]
+    assert {"metrics.jsonl", "train_full_1p_2.txt", "eval_results.txt"} <= set(before)
