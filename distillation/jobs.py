@@ -5,7 +5,9 @@ Everything that the user gave is read and checked first; only then is anything w
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -282,13 +284,23 @@ def _teach(
             )
         log.record("resume", step=state["step"])
     try:
-        with folder.signals.held():
+        with folder.signals.held(_tell_first if process.is_main else lambda: None):
             outcome = trainer.run(state)
+            say_outcome(options, outcome, log)
+            with process.together():  # one that ends by a signal would end the others too
+                if process.is_main:
+                    best = best_of(outcome, options.task)
+                    folder.end(steps=outcome.steps, skipped=outcome.skipped, best=best)
     except Stopped as error:
         raise Stopped(error.number, f"{error.where}; the same command with --resume goes on from there") from None
-    say_outcome(options, outcome, log)
-    if process.is_main:
-        folder.end(steps=outcome.steps, skipped=outcome.skipped, best=best_of(outcome, options.task))
+    if folder.signals.received:  # too late for a step: what comes after this command is not to begin
+        copies = "; the same command with --resume copies it to --data_url" if options.data_url else ""
+        raise Stopped(folder.signals.received, f"when the run had ended{copies}")
+
+
+def _tell_first() -> None:
+    with contextlib.suppress(OSError):  # nobody listens any more
+        os.write(1, b"stopping after this step; once more ends at once\n")  # a handler may not wait for print's lock
 
 
 def _models(options: Options) -> tuple[LoadedModel | None, LoadedModel]:

@@ -218,3 +218,19 @@ def test_the_logs_are_on_the_disk_before_a_state_is(place: Workplace, monkeypatc
     assert again(place, save_steps=5).status == 0
     before = synced[: synced.index(".training_state.bin")]
     assert {"metrics.jsonl", "train_full_1p_2.txt", "eval_results.txt"} <= set(before)
+
+
+def test_a_signal_in_the_last_step_is_no_success(place: Workplace, capfd: pytest.CaptureFixture[str]) -> None:
+    """A script does not go on with what comes next; the run has ended, and its copy can be made."""
+    place.entry = task_distill
+    with signal_in_step(8, signal.SIGINT):
+        done = again(place, data_url=place.folder / "copy")
+    assert done.status == 128 + signal.SIGINT
+    assert done.err == (
+        "task_distill.py: stopped by SIGINT when the run had ended; "
+        "the same command with --resume copies it to --data_url\n"
+    )
+    assert capfd.readouterr().out == "stopping after this step; once more ends at once\n"
+    assert states(place) == []
+    assert again(place, resume=True, data_url=place.folder / "copy").status == 0
+    assert (place.folder / "copy" / "pytorch_model.bin").is_file()

@@ -57,8 +57,9 @@ def test_spawned_processes_stop_together(place: Workplace) -> None:
     run = start([str(ROOT / "main.py"), *place.flags(**ENDLESS, device_list="0,1")], place.folder)
     children = children_in_training(run.pid, place, 2)
     os.killpg(run.pid, signal.SIGINT)
-    _, errors = run.communicate(timeout=60)
+    told, errors = run.communicate(timeout=60)
     assert run.returncode == 128 + signal.SIGINT
+    assert told.count("stopping after this step; once more ends at once\n") == 1
     (line,) = errors.splitlines()
     assert line.startswith("main.py: stopped by SIGINT after step ")
     assert line.endswith(" of 200000; the same command with --resume goes on from there")
