@@ -42,7 +42,8 @@ def fetched(options: Options, ask: bool = True) -> Options:
             folders[name] = find_folder(content, partial(_has_one, files), address.shown, " or ".join(files))
         else:
             folders[name] = find_folder(content, _has_model, address.shown, f"{CONFIG_NAME} and weights")
-    return replace(options, **folders, addresses={})  # type: ignore[arg-type]  # only of these three fields
+    shown = {name: address.shown for name, address in options.addresses.items()}
+    return replace(options, **folders, addresses={}, fetched_from=shown)  # type: ignore[arg-type]  # only of these three fields
 
 
 def _has_model(folder: Path) -> bool:

@@ -42,6 +42,7 @@ class Options:
     addresses: what is to be fetched before the run, by the field that names its folder then; until then that field
         shows the address. It is empty once `addresses.fetched` has done it.
     downloads: the folder in which it is kept.
+    fetched_from: the addresses, without credentials, of what has been fetched, by the same fields.
     """
 
     task: Task
@@ -93,6 +94,7 @@ class Options:
     deterministic: bool
     addresses: Mapping[str, Address] = field(default_factory=dict)
     downloads: Path | None = None
+    fetched_from: Mapping[str, str] = field(default_factory=dict)
 
     def log_name(self, world_size: int) -> str:
         """The name of the log in fps_acc_dir of a run with so many processes, without .txt."""

@@ -63,7 +63,7 @@ _STEPS_BETWEEN_AGREEMENTS = 20
 _FREE = {
     *("data_dir", "teacher_model", "student_model", "output_dir", "fps_acc_dir", "cache", "data_url", "do_lower_case"),
     *("workers", "device", "device_list", "addr", "port", "output_txt_step", "predict_file", "overwrite_output_dir"),
-    *("resume", "save_steps", "addresses", "downloads"),
+    *("resume", "save_steps", "addresses", "downloads", "fetched_from"),
 }
 
 

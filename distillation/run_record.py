@@ -22,6 +22,7 @@ import safetensors
 import tokenizers
 import torch
 
+from data_processing.addresses import Address, hidden
 from data_processing.cache import file_digest
 from data_processing.tasks import Task
 from distillation.device import Process
@@ -33,7 +34,6 @@ from transformer.saving import read_manifest, write_atomically
 
 RUN_NAME = "run.json"
 _ROOT = Path(__file__).resolve().parents[1]
-_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]*@")
 
 
 def now() -> str:
@@ -83,7 +83,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, (str, Path)):
-        return _CREDENTIALS.sub("", str(value))
+        return hidden(str(value))
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, Address):
+        return value.shown
     if isinstance(value, (list, tuple)):
         return [_plain(part) for part in value]
     return (

@@ -1,6 +1,7 @@
 """Addresses in place of folders: the flags of both entries, the download command, and an S3 server."""
 
 import hashlib
+import json
 import logging
 import os
 import subprocess
@@ -145,6 +146,8 @@ class TestEntries:
             "/student_model.zip",
             "/teacher_model.zip",
         ]
+        told = json.loads((tmp_path / "made" / "run.json").read_text(encoding="utf-8"))["flags"]["fetched_from"]
+        assert told == {name: site.address(f"/{name}.zip") for name in ("data_dir", "teacher_model", "student_model")}
         assert f"--teacher_model: from {site.address('/teacher_model.zip')}" in done.stdout
 
     def test_nothing_is_fetched_for_a_run_that_may_not_write(self, sst2, site):

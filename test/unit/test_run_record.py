@@ -15,6 +15,7 @@ import torch
 from cases import ROOT, Workplace
 
 import task_distill
+from data_processing.addresses import parse_address
 from distillation.options import parse_options
 from distillation.run_record import describe_command, flags_of, revision
 
@@ -64,10 +65,12 @@ def test_a_stage_that_chooses_by_no_metric_says_so(sst2: Workplace) -> None:
 def test_addresses_lose_their_credentials(sst2: Workplace) -> None:
     scheme, rest = "https:", "//data.example/x?y"
     options = dataclasses.replace(parse(sst2), data_url=scheme + rest.replace("//", "//user:secret@"))
-    assert flags_of(options)["data_url"] == scheme + rest
+    assert flags_of(options)["data_url"] == f"{scheme}//…@data.example/x?…"
+    signed = parse_address(f"{scheme}//data.example/x.zip?sig=secret")
+    assert "secret" not in json.dumps(flags_of(dataclasses.replace(options, addresses={"data_dir": signed})))
     flags = {"teacher": Path("a"), "from": ["s3://key:secret@bucket/x"], "seed": 3, "init": None}
     told = describe_command("x", flags, [sst2.teacher])
-    assert told["flags"] == {"teacher": "a", "from": ["s3://bucket/x"], "seed": 3, "init": None}
+    assert told["flags"] == {"teacher": "a", "from": ["s3://…@bucket/x"], "seed": 3, "init": None}
     assert len(told["sha256"]) == 3
 
 
