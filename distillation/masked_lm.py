@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -68,12 +69,9 @@ def load_masked_lm(folder: Path, do_lower_case: bool, seed: int = 0) -> MaskedLM
     weights = with_encoder_prefix(read_weights(folder))
     has_head = any(key.startswith(HEAD) for key in weights)
     seed_process(seed, 0)
-    if has_head:
-        with NoNewWeights():
-            model = BertForMaskedLM(config)
-    else:
-        with torch.device("meta"), NoNewWeights():
-            check_weights(BertForMaskedLM(config), weights, folder)
+    with torch.device("meta"), NoNewWeights():  # sizes that the weights lack are refused before they are made
+        check_weights(BertForMaskedLM(config), weights, folder)
+    with NoNewWeights() if has_head else nullcontext():
         model = BertForMaskedLM(config)
     report = model.load(weights, folder)
     missing = [key for key in report.missing if key.startswith(HEAD)]

@@ -21,6 +21,8 @@ from transformer.configuration import LINEAR_HEAD_ARCHITECTURE, RELU_HEAD_ARCHIT
 from transformer.file_utils import CONFIG_NAME, read_weights, write_weights
 from transformer.loading import (
     LoadReport,
+    NoNewWeights,
+    check_weights,
     has_layer_projections,
     load_weights,
     num_labels_of,
@@ -69,7 +71,10 @@ class PreTrainedModel(nn.Module):
             UserError: a file is missing or broken, or the weights lack part of the encoder or do not fit it.
         """
         weights = read_weights(folder)
-        model = cls.from_weights(BertConfig.from_pretrained(folder), weights)
+        config = BertConfig.from_pretrained(folder)
+        with torch.device("meta"), NoNewWeights():  # sizes that the weights lack are refused before they are made
+            check_weights(cls.from_weights(config, weights), with_encoder_prefix(weights), folder)
+        model = cls.from_weights(config, weights)
         model.load(weights, folder)
         return model
 

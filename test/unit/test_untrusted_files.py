@@ -13,15 +13,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import encoder_shapes, linear, weights_of, write_model
+from augmentation_cases import head_shapes
+from cases import edit_weights, encoder_shapes, linear, weights_of, write_model
 from safetensors.torch import save
 
 from data_processing.tasks import find_task
 from distillation.logs import MessageFormatter
+from distillation.masked_lm import load_masked_lm
 from distillation.models import load_complete
 from transformer.configuration import BertConfig
 from transformer.errors import UserError, one_line, printable
 from transformer.file_utils import read_weights
+from transformer.heads import BertForMaskedLM, TinyBertForSequenceClassification
 from transformer.vocabulary import read_vocabulary, stated_case
 
 CONFIG = {
@@ -253,6 +256,15 @@ def test_a_file_with_turned_bits_is_read_or_refused(folder, form):
 def test_an_absurd_config_is_refused(folder, little_memory, changes, told):
     (folder / "config.json").write_text(json.dumps(CONFIG | changes), encoding="utf-8")
     assert told in refusal(folder)
+
+
+@pytest.mark.parametrize("load", [BertForMaskedLM, TinyBertForSequenceClassification, load_masked_lm])
+@pytest.mark.parametrize("head", [True, False])
+def test_absurd_sizes_are_refused_by_every_reader_before_they_are_made(folder, little_memory, load, head):
+    edit_weights(folder, lambda weights: weights.update(weights_of(head_shapes(CONFIG)) if head else {}))
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"intermediate_size": 10_000_000}), encoding="utf-8")
+    with pytest.raises(UserError, match=r"has the shape \[12, 8\], expected \[10000000, 8\]"):
+        load(folder, True) if load is load_masked_lm else load.from_pretrained(folder)
 
 
 @pytest.mark.parametrize(
