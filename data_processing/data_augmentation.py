@@ -180,7 +180,9 @@ def _make(flags: Any, task: Task, folder: Path, kind: str, ids: tuple[int, ...],
         "the word vectors": None if vectors is None else vectors.digest(),
         "the teacher": _model_digest(flags.teacher_model) if flags.relabel else None,
     }
-    output.begin(identity, flags.resume, flags.overwrite_output_file)
+    if not output.begin(identity, flags.resume, flags.overwrite_output_file):
+        logger.info("%s: is done already; the run was stopped after its last row", output.path)
+        return
     asked = flags.pretrained_bert_model
     if flags.train_mlm_head is not None:
         asked = output.folder / "masked_lm"

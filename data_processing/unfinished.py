@@ -3,7 +3,7 @@
 What is done so far lies beside the file in a folder FILE.unfinished: `rows`, the file's beginning, and `journal.json`:
 what the run depends on, how many blocks are done and how many bytes of `rows` they are. The journal is replaced whole,
 once the bytes that it tells of are on the disk; what follows them is cut off when the run is gone on with. The file
-itself appears at the end, by a rename.
+itself appears at the end, by a rename, which the journal tells of beforehand.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -43,9 +44,10 @@ class UnfinishedFile:
         self._rows: BinaryIO | None = None
         self._lock: int | None = None
         self._size = 0
+        self._finished = False
 
     def open(self, resume: bool, overwrite: bool) -> None:
-        """Makes the folder this run's own. Nothing in it is changed yet.
+        """Makes the folder this run's own. Of a run that is not finished nothing in it is changed yet.
 
         Raises:
             UserError: the file is there already, or an unfinished one is, and the flags do not say what to do with it;
@@ -70,20 +72,32 @@ class UnfinishedFile:
                 self._lock = None
                 raise UserError(f"{self.path}: another run is making it at this moment") from None
         before = None if overwrite else self._read()
+        done = resume and before is not None and self._is_done(before)
+        if before is not None and self._is_left_behind(before) and not done:
+            try:
+                self._clear()
+            except OSError as error:
+                raise self._failed(error) from None
+            before = None
         if before is not None and not resume:
-            done = before["blocks"]
-            raise UserError(f"{self.folder}: holds an unfinished run ({done} blocks of rows done); {_GO_ON}")
-        if self.path.exists() and not overwrite and not (before and before["identity"].get("overwrite")):
+            raise UserError(
+                f"{self.folder}: holds an unfinished run ({before['blocks']} blocks of rows done); {_GO_ON}"
+            )
+        may_replace = overwrite or done or (before is not None and before["identity"].get("overwrite"))
+        if self.path.exists() and not may_replace:
             raise UserError(f"{self.path}: is there already; --overwrite_output_file makes it anew")
         if resume and before is None:
             raise UserError(f"{self.path}: there is no unfinished run to go on with; leave out --resume")
 
-    def begin(self, identity: Mapping[str, Any], resume: bool, overwrite: bool) -> None:
+    def begin(self, identity: Mapping[str, Any], resume: bool, overwrite: bool) -> bool:
         """Goes on with what is there, or begins anew.
 
         Args:
             identity: what the content depends on: JSON's own values, by the names that messages give them.
             resume, overwrite: as for `open`.
+
+        Returns:
+            Whether there is anything left to do; not so where the run had put its file in its place already.
 
         Raises:
             UserError: the unfinished run depended on other values; nothing is changed.
@@ -92,6 +106,9 @@ class UnfinishedFile:
         before = self._read() if resume else None
         if before is not None:
             self._compare(before["identity"])
+            if self._is_done(before):
+                shutil.rmtree(self.folder, ignore_errors=True)
+                return False
             self._identity = before["identity"]
             self.blocks, self._size = before["blocks"], before["bytes"]
             self.tally = Counter(before["tally"])
@@ -107,6 +124,7 @@ class UnfinishedFile:
             raise self._failed(error) from None
         if short:
             raise UserError(f"{self.folder}: is broken ({_ROWS} is too short); --overwrite_output_file begins anew")
+        return True
 
     def add(self, text: bytes, **counts: int) -> None:
         """Writes a block. It is done once this returns. counts: are added to the tally.
@@ -134,6 +152,8 @@ class UnfinishedFile:
         assert self._rows is not None
         try:
             self._rows.close()
+            self._finished = True
+            self._write_journal()
             os.replace(self.folder / _ROWS, self.path)
             opened = os.open(self.path.parent, os.O_RDONLY)
             try:
@@ -147,7 +167,8 @@ class UnfinishedFile:
     def close(self) -> None:
         """Lets go of the folder. It stays where something of a file that is not finished is in it."""
         if self._rows is not None:
-            self._rows.close()
+            with suppress(OSError):  # of what a full disk has refused already; the journal does not tell of it
+                self._rows.close()
         if self._lock is None:
             return
         if self.folder.is_dir() and not self._holds_anything():
@@ -163,6 +184,15 @@ class UnfinishedFile:
             return True
         others = {child.name for child in self.folder.iterdir()} - {_ROWS, _JOURNAL, _LOCK}
         return bool(others) or (found is not None and found["blocks"] > 0)
+
+    def _is_left_behind(self, journal: Mapping[str, Any]) -> bool:
+        """Whether a stop came between the rename and the end of the folder."""
+        return journal.get("finished") is True and not (self.folder / _ROWS).exists()
+
+    def _is_done(self, journal: Mapping[str, Any]) -> bool:
+        """Whether, besides, the file is where it was put."""
+        there = self._is_left_behind(journal) and self.path.is_file()
+        return there and self.path.stat().st_size == journal["bytes"]
 
     def _read(self) -> dict[str, Any] | None:
         try:
@@ -197,7 +227,7 @@ class UnfinishedFile:
 
     def _write_journal(self) -> None:
         state = {"identity": self._identity, "blocks": self.blocks, "bytes": self._size, "tally": self.tally}
-        content = json.dumps(state, indent=1)
+        content = json.dumps({**state, "finished": self._finished}, indent=1)
         write_atomically(self.folder / _JOURNAL, lambda file: file.write(content.encode("utf-8")))
 
     def _failed(self, error: OSError) -> UserError:

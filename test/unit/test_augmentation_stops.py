@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import resource
+import shutil
 import signal
 import subprocess
 import time
@@ -13,6 +15,7 @@ from augmentation_cases import SENTENCES, Place, many_rows
 from cases import write_rows
 
 from data_processing.unfinished import UnfinishedFile
+from transformer.errors import UserError
 
 
 @pytest.fixture
@@ -116,3 +119,93 @@ def test_two_runs_at_once_are_refused(place):
     assert "another run is making it" in place.fails()
     first.close()
     place.run()
+
+
+def test_a_full_disk_is_one_line_and_what_is_done_stays(tmp_path):
+    run = UnfinishedFile(tmp_path / "made.tsv")
+    run.open(False, False)
+    run.begin({}, False, False)
+    run.add(b"a row\n")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16384, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"made\.tsv: cannot be written \(File too large\)"):
+            run.add(b"x" * 20_000)  # of which the last part is still in memory
+        run.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    run = UnfinishedFile(tmp_path / "made.tsv")
+    run.open(True, False)
+    run.begin({}, True, False)
+    run.finish()
+    run.close()
+    assert run.path.read_bytes() == b"a row\n"
+
+
+class Killed(BaseException):
+    """Stands for a kill at that moment."""
+
+
+@pytest.fixture
+def killed(tmp_path, monkeypatch):
+    """A file of one block whose run was killed as it was put in its place: before the rename, or right after it."""
+    path, replace = tmp_path / "made.tsv", os.replace
+
+    def killed(renamed: bool) -> Path:
+        def kill(first, second=None, **_):
+            if renamed or second == path:
+                raise Killed
+            replace(first, second)
+
+        run = UnfinishedFile(path)
+        run.open(False, False)
+        assert run.begin({"--N": 20}, False, False)
+        run.add(b"a row\n")
+        with monkeypatch.context() as patch:
+            patch.setattr(*((shutil, "rmtree") if renamed else (os, "replace")), kill)
+            with pytest.raises(Killed):
+                run.finish()
+        os.close(run._lock)
+        assert (run.folder.is_dir(), path.exists()) == (True, renamed)
+        return path
+
+    return killed
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_what_was_killed_around_the_rename_is_gone_on_with(killed, renamed):
+    run = UnfinishedFile(killed(renamed))
+    run.open(True, False)
+    assert run.begin({"--N": 20}, True, False) is not renamed
+    if not renamed:
+        assert run.blocks == 1
+        run.finish()
+    run.close()
+    assert run.path.read_bytes() == b"a row\n"
+    assert not run.folder.exists()
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_what_was_killed_around_the_rename_is_neither_written_over_nor_taken_for_another(killed, renamed):
+    run = UnfinishedFile(killed(renamed))
+    run.open(True, False)
+    with pytest.raises(UserError, match="was begun with --N 20, now it is 3"):
+        run.begin({"--N": 3}, True, False)
+    run.close()
+    with pytest.raises(UserError, match="is there already; --overwrite" if renamed else "holds an unfinished run"):
+        run.open(False, False)
+    run.close()
+    assert run.folder.exists() is not renamed
+    assert run.path.exists() is renamed
+
+
+def test_after_a_kill_another_file_in_its_place_is_the_users(killed):
+    run = UnfinishedFile(killed(renamed=True))
+    run.path.write_text("mine, and longer\n")
+    with pytest.raises(UserError, match="is there already"):
+        run.open(True, False)
+    run.close()
+    run.path.unlink()
+    run.open(False, False)
+    assert run.begin({"--N": 3}, False, False)
+    run.close()
