@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from data_processing.tasks import Task
 from transformer.errors import UserError
 
 ENCODING = ("utf-8", "surrogateescape")  # of what `written` gives: bytes that were no UTF-8 come back
+_HALVES = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # what JSON can escape; those left out stand for such bytes
 
 
 class Row(NamedTuple):
@@ -107,7 +109,7 @@ class TextRows:
             if not text.strip():
                 continue
             try:
-                values = json.loads(text)
+                values = _writable(json.loads(text))
             except (ValueError, RecursionError):
                 raise UserError(f"{self._path}, row {line}: is no valid JSON") from None
             cells = []
@@ -155,3 +157,14 @@ class TextRows:
             raise UserError(f"{self._path}: not found") from None
         except OSError as error:
             raise UserError(f"{self._path}: cannot be read ({error.strerror})") from None
+
+
+def _writable(value: Any) -> Any:
+    """A value of JSON in which halves of characters, which no encoding has, are U+FFFD as `as_text` has them."""
+    if isinstance(value, str):
+        return _HALVES.sub("\ufffd", value)
+    if isinstance(value, list):
+        return [_writable(item) for item in value]
+    if isinstance(value, dict):
+        return {_HALVES.sub("\ufffd", key): _writable(item) for key, item in value.items()}
+    return value

@@ -19,6 +19,7 @@ from data_processing.data_augmentation import build_parser
 from data_processing.examples import read_examples
 from data_processing.task_files import read_task_file
 from data_processing.tasks import TASKS, augmentation_command, find_task
+from data_processing.text_rows import ENCODING, TextRows
 from transformer.heads import TinyBertForSequenceClassification
 from transformer.tokenization import BertTokenizer
 
@@ -126,6 +127,25 @@ def test_a_task_of_ones_own(tmp_path, form, header):
     if form == "jsonl":
         ids = [json.loads(line)["id"] for line in (own / "train_aug.jsonl").read_text().splitlines()]
         assert set(ids) == {7, 8}
+
+
+def test_halves_of_characters_in_json_lines_are_replaced_and_bytes_stay(tmp_path):
+    task = find_task("SST-2")
+    task = replace(task, form="jsonl", text_columns=("text",), label_column="label", has_header=False)
+    line = rb'{"text": "a \ud83d b", "label": "1", "\ud83d": [{"\udc00": "\udfff\ud83d\ude00 \u00e9 \ud83d"}], "x": "'
+    (tmp_path / "train.jsonl").write_bytes(line + b'\xff", "n": [1, null, 0.5]}\n')
+    rows = TextRows(tmp_path / "train.jsonl", task)
+    (row,) = rows
+    written = rows.written(row, ("new",)).encode(*ENCODING)
+    assert b'"x": "\xff"' in written
+    assert json.loads(written.replace(b"\xff", b"")) == {
+        "text": "new",
+        "label": "1",
+        "\ufffd": [{"\ufffd": "\ufffd\U0001f600 é \ufffd"}],
+        "x": "",
+        "n": [1, None, 0.5],
+    }
+    assert row.texts == ("a \ufffd b",)
 
 
 def test_rows_that_a_task_leaves_out_are_left_out(tmp_path):
