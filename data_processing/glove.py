@@ -41,7 +41,8 @@ class WordVectors:
 
     def __init__(self, words: list[str], vectors: np.ndarray) -> None:
         self.words = words
-        self.vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-30)
+        lengths = np.sqrt(np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64))[:, None]  # fp32's squares overflow
+        self.vectors = (vectors / np.maximum(lengths, 1e-30)).astype(np.float32)
         self._places: dict[str, int] = {}
         for place, word in enumerate(words):
             self._places.setdefault(word, place)

@@ -2,6 +2,7 @@
 
 import gzip
 import logging
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -130,3 +131,14 @@ def test_neighbours_are_those_of_all_cosines_sorted():
 def test_a_word_that_stands_twice_counts_once():
     read = WordVectors(["a", "b", "a"], np.array([[1, 0], [0, 1], [1, 1]], dtype=np.float32))
     assert read.neighbours(["a"], 5)["a"] == ["b"]
+
+
+def test_huge_and_tiny_values_have_directions_too(tmp_path):
+    lines = ("a 3e38 -3e38 0", "b 1e30 1e30 1e30", "c 3e-25 4e-25 0", "d 1 1 1", "e 0 0 0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read = read_vectors(write(tmp_path / "v.txt", *lines))
+    h, t = 0.5**0.5, 3**-0.5
+    np.testing.assert_allclose(read.vectors, [[h, -h, 0], [t, t, t], [0.6, 0.8, 0], [t, t, t], [0, 0, 0]], rtol=1e-6)
+    assert read.vectors.dtype == np.float32
+    assert read.neighbours(["b"], 1)["b"] == ["d"]
