@@ -97,6 +97,8 @@ class Augmenter:
 
     def _find_neighbours(self, words: set[str]) -> None:
         new = sorted(words - self._neighbours.keys())
-        found = self.vectors.neighbours(new, self.settings.m) if self.vectors is not None else {}
+        # A file that tells case apart, as GloVe's 840B, has words that the tokenizer would not give.
+        form = str.lower if self.tokenizer.do_lower_case else str
+        found = self.vectors.neighbours(new, self.settings.m, form) if self.vectors is not None else {}
         for word in new:
             self._neighbours[word] = [other for other in found.get(word, []) if len(other.split()) == 1]

@@ -12,7 +12,7 @@ import logging
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -29,6 +29,7 @@ MOST_VECTORS = 100_000
 _CHUNK = 1000  # lines that are parsed at once
 _WORDS_AT_ONCE = 128
 _MARGIN = 16  # more neighbours than are wanted are found in fp32, and put in order in fp64
+_FORMS = 8  # as film, Film and FILM: more than a word has on average among its neighbours
 _MOST_SPACES = 8  # in a word
 _MIXED = 0.1  # of the lines with another number of values, and the file is of two kinds
 _SHOWN = 5
@@ -56,8 +57,14 @@ class WordVectors:
         content.update(np.ascontiguousarray(self.vectors).data)
         return content.hexdigest()[:32]
 
-    def neighbours(self, words: Sequence[str], count: int) -> dict[str, list[str]]:
-        """The nearest other words of each word, by cosine, the nearest first; a word that is not known has none."""
+    def neighbours(self, words: Sequence[str], count: int, form: Callable[[str], str] = str) -> dict[str, list[str]]:
+        """The nearest other words of each word, by cosine, the nearest first; a word that is not known has none.
+
+        Args:
+            words: in the file's spelling.
+            count: of each one's neighbours, at most.
+            form: neighbours are given in this form, each once, as `str.lower` of a file that tells case apart.
+        """
         known = [word for word in words if word in self._places]
         table = torch.from_numpy(self.vectors)
         found: dict[str, list[str]] = {}
@@ -65,16 +72,19 @@ class WordVectors:
             some = known[start : start + _WORDS_AT_ONCE]
             own = [self._places[word] for word in some]
             likeness = table[own] @ table.T
-            near = likeness.topk(min(count + 1 + _MARGIN, len(self.words)), sorted=False).indices.numpy()
+            wanted = count + 1 + _MARGIN if form is str else _FORMS * (count + 1) + _MARGIN
+            near = likeness.topk(min(wanted, len(self.words)), sorted=False).indices.numpy()
             for word, place, others in zip(some, own, near, strict=True):
-                found[word] = self._in_order(place, others, count)
+                found[word] = self._in_order(place, others, count, form)
         return {word: found.get(word, []) for word in words}
 
-    def _in_order(self, place: int, others: np.ndarray, count: int) -> list[str]:
+    def _in_order(self, place: int, others: np.ndarray, count: int, form: Callable[[str], str]) -> list[str]:
         """fp32's likeness depends, in the last digit, on what else was asked; this does not."""
         cosines = (self.vectors[others].astype(np.float64) * self.vectors[place].astype(np.float64)).sum(axis=1)
         order = others[np.lexsort((others, -cosines))]
-        return [self.words[other] for other in order if self.words[other] != self.words[place]][:count]
+        own = form(self.words[place])
+        distinct = dict.fromkeys(form(self.words[other]) for other in order)
+        return [word for word in distinct if word != own][:count]
 
 
 def read_vectors(path: Path, most: int = MOST_VECTORS) -> WordVectors:

@@ -9,7 +9,7 @@ import torch
 from augmentation_cases import SENTENCES, VOCABULARY, glove, likeliest, masked_lm, nearest
 
 from data_processing.augmentation import Augmenter, Settings
-from data_processing.glove import read_vectors
+from data_processing.glove import WordVectors, read_vectors
 from data_processing.masked_words import MaskedWords, place_in
 from data_processing.replacements import STOP_WORDS, is_replaceable, new_texts
 from data_processing.text_rows import Row
@@ -102,6 +102,19 @@ def test_a_cased_models_capitals_stay(bert, vectors):
     words = tokenizer.basic_tokenize("Movie MOVIE movie")
     assert words == ["Movie", "MOVIE", "movie"]
     assert list(made.candidates([words])[0]) == [2]
+
+
+@pytest.mark.parametrize("lower", [True, False])
+def test_neighbours_that_differ_in_case_alone_are_one_where_text_is_lower_cased(bert, lower):
+    """As GloVe's 840B, which tells case apart: new texts are of the case that the tokenizer gives, and distinct."""
+    words = ["unwantable", "Unwantable", "UNWANTABLE", "Quickly", "slow", "Slow", "hating", "quickly"]
+    vectors = WordVectors(words, np.array([[1.0, n / 10] for n in range(len(words))], dtype=np.float32))
+    model, tokenizer, _ = load_masked_lm(bert, lower)
+    made = Augmenter(Settings(20, 3, 1.0, 0), tokenizer, MaskedWords(model, tokenizer, True), vectors)
+    expected = ["quickly", "slow", "hating"] if lower else ["Unwantable", "UNWANTABLE", "Quickly"]
+    assert made.candidates([["unwantable"]]) == [{0: expected}]
+    texts = made.augment([Row(("unwantable",), None)], 0)[0]
+    assert sorted(text for (text,) in texts[1:]) == sorted(expected)
 
 
 @pytest.mark.parametrize("half", [None, torch.bfloat16])
