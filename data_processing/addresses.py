@@ -1,7 +1,7 @@
 """Addresses that the user gives in place of a folder: http://, https:// and s3://, with what they are called here.
 
 An address may hold credentials, in front of its host or behind its `?`. They are sent and never shown or stored:
-`shown` is for messages, and `key` names the folder of what was fetched. Nothing here opens an address.
+`shown` is for messages, and `key`, a hash, names the folder of what was fetched. Nothing here opens an address.
 """
 
 from __future__ import annotations
@@ -9,17 +9,21 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass, field
-from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from transformer.errors import UserError, printable
 
 SCHEMES = ("http", "https", "s3")
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _ADDRESS_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S*")
-# Parameters that are credentials, or their dates: the same file is asked for with others each time.
-_SECRET = re.compile(
-    r"x-(amz|goog|obs|oss|cos|ms)-.*|.*(token|secret|signature|password|credential|policy|api_?key).*"
-    r"|sig|expires|awsaccesskeyid|accesskeyid|ossaccesskeyid|key-pair-id|key|auth|s[tepvr]|se|sks?|skoid|sktid|spr",
+# What signs an address for a while: the same file is asked for with others each time. The rest count only beside one
+# of the first kind: by itself `key=` or `sp=` may say which file is meant.
+_SIGNATURE = re.compile(r"sig|signature|q-signature|x-(amz|goog|obs|oss|cos)-signature", re.IGNORECASE)
+_SIGNED_WITH = re.compile(
+    r"x-(amz|goog|obs|oss|cos)-(algorithm|credential|date|expires|signed-?headers|security-token|signature-version)"
+    r"|expires|policy|key-pair-id|security-token|(aws|oss)?accesskeyid|googleaccessid"
+    r"|q-(sign-algorithm|ak|sign-time|key-time|header-list|url-param-list)"
+    r"|s[eprtv]|sip|spr|sk[estv]|skoid|sktid",
     re.IGNORECASE,
 )
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -54,11 +58,16 @@ class Address:
 
     @property
     def key(self) -> str:
-        """A name for what is fetched from there: the same with other credentials."""
+        """A name for what is fetched from there: the same with another password, or another signature that expires.
+
+        Of all else in the address it holds a hash, so two files never share a name.
+        """
         parts = urlsplit(self.url)
         host = parts.netloc.rpartition("@")[2].lower()
-        query = [pair for pair in parse_qsl(parts.query, keep_blank_values=True) if not _SECRET.fullmatch(pair[0])]
-        plain = urlunsplit((self.scheme, host, parts.path, urlencode(query), ""))
+        named = [(unquote(part.partition("=")[0]), part) for part in parts.query.split("&")]
+        if any(_SIGNATURE.fullmatch(name) for name, _ in named):
+            named = [pair for pair in named if not (_SIGNATURE.fullmatch(pair[0]) or _SIGNED_WITH.fullmatch(pair[0]))]
+        plain = urlunsplit((self.scheme, host, parts.path, "&".join(part for _, part in named), ""))
         return hashlib.sha256(plain.encode(errors="surrogateescape")).hexdigest()[:32]
 
 

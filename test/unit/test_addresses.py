@@ -94,6 +94,35 @@ def test_credentials_are_hidden_and_no_part_of_the_key():
     assert address.key != parse_address("https:" + "//127.0.0.1/a/model.zip?v=3").key
 
 
+SIGNED = [
+    "?v=2&X-Amz-Algorithm=A&X-Amz-Credential={0}&X-Amz-Date={0}&X-Amz-Expires=6&X-Amz-SignedHeaders=h&X-Amz-Signature={0}",
+    "?v=2&AWSAccessKeyId=a&Expires={0}&Signature={0}",
+    "?v=2&sv=1&st={0}&se={0}&sr=b&sp=r&sig={0}",
+    "?v=2&Expires={0}&GoogleAccessId=a&Signature={0}",
+    "?v=2&Policy={0}&Key-Pair-Id=a&Signature={0}",
+    "?v=2&q-sign-algorithm=sha1&q-ak=a&q-sign-time={0}&q-key-time={0}&q-signature={0}",
+]
+
+
+def keys_of(*ends: str) -> set[str]:
+    return {parse_address("https:" + "//127.0.0.1/get" + end).key for end in ends}
+
+
+@pytest.mark.parametrize("signed", SIGNED)
+def test_signatures_that_expire_leave_the_key_as_it_is(signed):
+    assert keys_of(signed.format(1), signed.format("2%2F")) == keys_of("?v=2")
+    assert len(keys_of(signed.format(1), signed.format(1).replace("v=2", "v=3"))) == 2
+
+
+@pytest.mark.parametrize(
+    "name", ["key", "sp", "sv", "se", "auth", "token", "tokenizer", "policy", "expires", "secret", "x-oss-process"]
+)
+def test_different_addresses_have_different_keys(name):
+    ends = [f"?{name}=teacher.zip", f"?{name}=student.zip", "", f"?{name}", f"?{name}=a+b", f"?{name}=a%20b"]
+    assert len(keys_of(*ends)) == len(ends)
+    assert len(keys_of("?X-Amz-Signature=1&key=a", "?X-Amz-Signature=1&key=b")) == 2
+
+
 @pytest.mark.parametrize(
     ("path", "name"),
     [
