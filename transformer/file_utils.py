@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -43,11 +44,14 @@ __all__ = [
 # TensorFlow-born files call a LayerNorm's weight and bias gamma and beta.
 _OLD_LAYER_NORM_NAMES = ((re.compile(r"\.gamma$"), ".weight"), (re.compile(r"\.beta$"), ".bias"))
 
+_WRAPPER = "module."
+
 
 def read_weights(folder: str | Path) -> dict[str, torch.Tensor]:
     """Reads a model's tensors, by today's names: model.safetensors where there is one, else pytorch_model.bin.
 
-    LayerNorm's gamma and beta become weight and bias, and the constant `position_ids` is left out.
+    LayerNorm's gamma and beta become weight and bias, the constant `position_ids` is left out, and so is `module.`
+    in front of every key, from DistributedDataParallel.
 
     Raises:
         UserError: no weights in the folder, or a file that is broken or holds more than tensors.
@@ -70,7 +74,9 @@ def read_weights(folder: str | Path) -> dict[str, torch.Tensor]:
         if tensor.layout != torch.strided or tensor.is_complex() or tensor.is_quantized:
             raise UserError(f"{path}: {key} is a {str(tensor.layout)[6:]} tensor of {str(tensor.dtype)[6:]}, no weight")
     return {
-        _current_name(key): tensor for key, tensor in weights.items() if not key.endswith("embeddings.position_ids")
+        _current_name(key): tensor
+        for key, tensor in _without_wrapper(weights).items()
+        if not key.endswith("embeddings.position_ids")
     }
 
 
@@ -89,8 +95,27 @@ def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
             "a file that holds other objects is refused, since loading it could run code"
         ) from None
     if not isinstance(weights, Mapping) or not all(isinstance(t, torch.Tensor) for t in weights.values()):
-        raise UserError(f"{path}: holds no dictionary of tensors")
+        raise UserError(f"{path}: holds no dictionary of tensors{_inner_dictionary(weights)}")
     return {str(key): tensor for key, tensor in weights.items()}
+
+
+def _inner_dictionary(content: object) -> str:
+    """What to do about a checkpoint that has its tensors one dictionary further in; nothing where it has none."""
+    if not isinstance(content, Mapping):
+        return ""
+    inner = [str(key) for key, value in content.items() if isinstance(value, Mapping)]
+    if not inner:
+        return ""
+    chosen = next((key for key in ("state_dict", "model_state_dict", "model") if key in inner), inner[0])
+    names = ", ".join(repr(str(key)[:60]) for key in islice(content, 8)) + (", …" if len(content) > 8 else "")
+    return f" but {names}; save the inner dictionary, {chosen[:60]!r}, alone as {WEIGHTS_NAME}"
+
+
+def _without_wrapper(weights: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """The tensors by the model's own keys, where DistributedDataParallel has put `module.` before all of them."""
+    if not all(key.startswith(_WRAPPER) for key in weights):
+        return weights
+    return {key.removeprefix(_WRAPPER): tensor for key, tensor in weights.items()}
 
 
 def _current_name(key: str) -> str:

@@ -74,6 +74,21 @@ def test_keys_of_every_age_are_read(folder, old_names, prefix):
     assert_same_weights(load(folder), expected)
 
 
+def test_keys_of_a_model_that_was_trained_in_several_processes_are_read(folder):
+    expected = read_bin(folder)
+    torch.save({f"module.{key}": tensor for key, tensor in expected.items()}, folder / "pytorch_model.bin")
+    assert_same_weights(load(folder), expected)
+    edit_weights(folder, lambda weights: weights.update({"other": torch.zeros(1)}))
+    assert "module.classifier.weight" in read_weights(folder)  # not all keys have it: it is a part's name
+
+
+def test_a_checkpoint_of_a_training_loop_is_told_with_its_keys(folder):
+    torch.save({"epoch": 3, "state_dict": read_bin(folder), "optimizer": {"state": {}}}, folder / "pytorch_model.bin")
+    told = r"tensors but 'epoch', 'state_dict', 'optimizer'; save the inner dictionary, 'state_dict', alone as pytorch_"
+    with pytest.raises(UserError, match=told):
+        read_weights(folder)
+
+
 def test_a_legacy_file_is_read(folder):
     """The first releases were written before torch used zip archives."""
     expected = read_bin(folder)
