@@ -103,6 +103,8 @@ def _exchanged(waiting: dict[Connection, list[int]], items: Iterator[tuple[int, 
                 _send(connection, item)
                 waiting[connection].append(number)
         busy = [connection for connection, numbers in waiting.items() if numbers]
+        if not busy:  # there was no item, or none is left: to wait for nothing has no end
+            return
         ready = wait(busy)
         for connection in (c for c in busy if c in ready):
             results[waiting[connection][0]] = _received(connection)
