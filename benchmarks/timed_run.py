@@ -169,10 +169,10 @@ def watch() -> None:
                         return
                 yield batch
 
-    def watched_training(self: Trainer) -> Outcome:
+    def watched_training(self: Trainer, *state: Any) -> Outcome:
         with part("rest"):
             seen.steps.append(seen.stopwatch.read())
-            return train(self)
+            return train(self, *state)
 
     def watched_count(self: FpsMeter, examples: int) -> None:
         count(self, examples)
@@ -183,9 +183,9 @@ def watch() -> None:
         with part("beside training"), pause(self, reason):
             yield
 
-    def watched_run(options: Options, process: Process) -> None:
+    def watched_run(options: Options, process: Process, *signals: Any) -> None:
         seen.device = process.device
-        run(options, process)
+        run(options, process, *signals)
         if process.is_main:
             seen.write(options)
 
