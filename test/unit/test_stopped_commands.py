@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -92,7 +93,9 @@ def test_processes_of_torchrun_stop_together(place: Workplace, victim: str) -> N
         assert line.startswith("main.py: stopped by SIGTERM after step ")
     else:
         assert ours == ["main.py: process 0 ends, for another one of the run has; what was saved stays"]
-    assert f'File "{ROOT}' not in errors  # torchrun's own traceback it is, and none of ours
+    # torchrun shows a traceback of its own, whose files lie in site-packages, which may be inside this folder.
+    frames = re.findall(r'File "(.*?)"', errors)
+    assert not [frame for frame in frames if frame.startswith(f"{ROOT}/") and "site-packages" not in frame]
     assert (place.model / "training_state.bin").exists()
     assert not any(alive(pid) for pid in workers)
 

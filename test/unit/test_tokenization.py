@@ -248,7 +248,7 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(small, tmp_path, mon
     def full_disk(descriptor: int) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("transformer.file_utils.os.fsync", full_disk)
+    monkeypatch.setattr("transformer.saving.os.fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
         small.save_vocabulary(target)
     assert [path.name for path in target.iterdir()] == ["vocab.txt"]
