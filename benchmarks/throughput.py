@@ -4,6 +4,7 @@
     python benchmarks/throughput.py ... --reference_revision c25c186 --steps 40 --repeat 3
     python benchmarks/throughput.py ... --lengths 16,32,64,128     # how the cost grows with the length of the texts
     python benchmarks/throughput.py ... --processes 1,2            # how much faster several processes are
+    python benchmarks/throughput.py ... --batches 32,128,512       # how the speed grows with the batch
 
 Lengths come from real text, weights are random: BERT-base teaches TinyBERT4, batch 32, maximum length 64. Every
 row is a run of main.py with other flags, in a process of its own, on rows of the same train.tsv. The reference pads
@@ -13,8 +14,12 @@ that revision's main.py. Rows "alone" change one switch of the reference setting
 FPS are those of main.py's log; of a run of two epochs those of the second, the first and the asking of the teacher
 being told apart. Tokens are those of the texts, [CLS] and [SEP] included and padding left out. The percentages are the
 parts of a step's time (benchmarks/timed_run.py; student: its forward and the loss). On an accelerator they come
-from a short run beside the one that is measured, which they would slow down. Compare ratios of one run: machines are
-shared and differ from day to day. --repeat takes the whole table several times in turn and ends with the medians.
+from a short run beside the one that is measured, which they would slow down. TFLOP/s are the operations of matrix
+products that the texts need, padding left out; the limit is what products of large matrices in the row's precision
+reach, measured just before and after the row.
+
+Compare ratios of one run, of rows with like limits: machines are shared and differ from minute to minute. --repeat
+takes the whole table several times in turn and ends with the medians.
 """
 
 from __future__ import annotations
@@ -29,6 +34,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -49,13 +57,16 @@ from benchmarks.common import (
     stage_flags,
     threads,
 )
+from benchmarks.operations import matrix_rate, step_operations
 from benchmarks.timed_run import STEP_PARTS, shares
 from data_processing.cache import Cache
 from data_processing.features import load_features
 from data_processing.tasks import find_task
-from distillation.device import choose_device
+from distillation.device import choose_device, open_device
 from distillation.flags import build_parser as build_main_parser
 from distillation.launch import run_entry
+from distillation.precision import cpu_has_bf16
+from transformer.configuration import BertConfig
 from transformer.errors import UserError
 from transformer.tokenization import BertTokenizer
 
@@ -74,6 +85,7 @@ class Row:
     tree: whose main.py. slow: whether it has few steps. epochs: passes over the rows; with more than one the
     teacher may be remembered, and what a kernel costs at a batch's first shape is over. length: of all texts, in
     tokens; 0 is their own. processes: of one thread each; 0 is what --device_list says, with all their threads.
+    examples: a step of each process.
     """
 
     title: str
@@ -84,6 +96,7 @@ class Row:
     epochs: int = 1
     length: int = 0
     processes: int = 0
+    examples: int = BATCH
 
     @property
     def remembers(self) -> bool:
@@ -92,8 +105,8 @@ class Row:
 
     @property
     def batch(self) -> int:
-        """Examples a step: 32 for each of the processes that are compared."""
-        return BATCH * max(1, self.processes)
+        """Examples a step of all processes that are compared."""
+        return self.examples * max(1, self.processes)
 
 
 def rows(reference: Path, keeps_states: bool) -> list[Row]:
@@ -148,18 +161,26 @@ def rows_of_processes(counts: Sequence[int]) -> list[Row]:
     ]
 
 
+def rows_of_batches(sizes: Sequence[int]) -> list[Row]:
+    """The settings for speed with so many examples a step; in the prediction stage the teacher is remembered."""
+    return [Row(f"batches of {size}", stage, FAST, epochs=2, examples=size) for stage in STAGES for size in sizes]
+
+
 @dataclass(frozen=True)
 class Figures:
     """What a run came to.
 
     fps: examples a second, of several epochs in those after the first. first: in the first of several, the asking's
     time included. tokens: a second. shares: percentages of a step's time by part; empty where nothing tells them.
+    operations: a second, of matrix products. limit: those of products of large matrices.
     """
 
     fps: float
     tokens: float
     first: float | None = None
     shares: dict[str, float] = field(default_factory=dict)
+    operations: float = math.nan
+    limit: float = math.nan
 
 
 def speeds(
@@ -191,8 +212,11 @@ def measure(row: Row, work: Path, flags: argparse.Namespace) -> Figures:
     """Runs a row."""
     steps = flags.steps * (1 if row.slow else 4)
     mine = row.tree == ROOT
-    on_cpu = choose_device(flags.device) == "cpu"
+    device = open_device(choose_device(flags.device), 0)
+    on_cpu = device.type == "cpu"
+    limits = [_limit(row, device)]
     done, examples = _run(row, steps, work, flags, timed=mine and on_cpu)
+    limits.append(_limit(row, device))
     epoch_steps = -(-examples // row.batch)
     fps, first = speeds(done.events, examples, row.epochs, epoch_steps, row.remembers)
     times = done.times
@@ -202,8 +226,20 @@ def measure(row: Row, work: Path, flags: argparse.Namespace) -> Figures:
     parts = {}
     if times is not None:
         parts = shares(times["steps"], times["skipped"] if row.epochs == 1 else epoch_steps)
-    length = _mean_length(_data(row, steps, work, flags), row.length or 64, flags.vocabulary)
-    return Figures(fps, fps * length, first, parts)
+    lengths = _lengths(_data(row, steps, work, flags), row.length or 64, flags.vocabulary)
+    kept = row.remembers or KEEP[0] in row.flags
+    teacher, student = (BertConfig.from_pretrained(work / name) for name in ("teacher", "student"))
+    operations = step_operations(row.stage, teacher, student, lengths, not kept) / len(lengths)
+    return Figures(fps, fps * float(lengths.mean()), first, parts, fps * operations, statistics.mean(limits))
+
+
+def _limit(row: Row, device: torch.device) -> float:
+    half = "--amp" in row.flags and (device.type != "cpu" or cpu_has_bf16())
+    before = torch.get_num_threads()
+    torch.set_num_threads(row.processes or before)
+    rate = matrix_rate(device, torch.bfloat16 if half else torch.float32)
+    torch.set_num_threads(before)
+    return rate
 
 
 def _run(row: Row, steps: int, work: Path, flags: argparse.Namespace, timed: bool) -> tuple[Finished, int]:
@@ -229,10 +265,9 @@ def _data(row: Row, steps: int, work: Path, flags: argparse.Namespace) -> Path:
     return data
 
 
-def _mean_length(data: Path, maximum: int, vocabulary: Path) -> float:
+def _lengths(data: Path, maximum: int, vocabulary: Path) -> np.ndarray:
     tokenizer = BertTokenizer.from_pretrained(vocabulary)
-    features = load_features(data / "train.tsv", find_task("SST-2"), tokenizer, maximum, Cache(None, 0))
-    return float(features.lengths.mean())
+    return load_features(data / "train.tsv", find_task("SST-2"), tokenizer, maximum, Cache(None, 0)).lengths
 
 
 def percent_of_linear(fps: float, processes: int, base_fps: float, base_processes: int) -> float:
@@ -243,6 +278,7 @@ def percent_of_linear(fps: float, processes: int, base_fps: float, base_processe
 def compare(row: Row, figures: Figures, base_row: Row, base: Figures) -> Line:
     """A line of the table, beside the first of its stage; what is not known is left out."""
     line = {"FPS": figures.fps, "tokens/s": figures.tokens, **{f"{n} %": s for n, s in figures.shares.items()}}
+    line |= {"TFLOP/s": figures.operations / 1e12, "limit": figures.limit / 1e12}
     if row.processes:
         line["% of linear"] = percent_of_linear(figures.fps, row.processes, base.fps, base_row.processes)
     elif row.length:
@@ -266,7 +302,7 @@ class Table:
         decimals = {"FPS": 1, comparison: 0 if comparison == "% of linear" else 2, "tokens/s": 0}
         if comparison == "ratio":
             decimals |= {"first epoch": 1, "its ratio": 2}
-        self._decimals = decimals | {f"{name} %": 1 for name in STEP_PARTS}
+        self._decimals = decimals | {"TFLOP/s": 3, "limit": 3} | {f"{name} %": 1 for name in STEP_PARTS}
 
     def head(self) -> None:
         """Prints the names of the columns."""
@@ -302,6 +338,8 @@ def chosen(flags: argparse.Namespace, work: Path) -> list[Row]:
         table = rows_of_lengths(numbers(flags.lengths, "--lengths"))
     elif flags.processes is not None:
         table = rows_of_processes(numbers(flags.processes, "--processes"))
+    elif flags.batches is not None:
+        table = rows_of_batches(numbers(flags.batches, "--batches"))
     else:
         keeps = KEEP[0] in build_main_parser(product.ENTRY).format_help()
         table = rows(reference_tree(flags.reference_revision, work), keeps)
@@ -323,6 +361,7 @@ def main(arguments: Sequence[str]) -> None:
     kind.add_argument("--reference_revision", help="the git revision whose main.py is the reference; default: today's")
     kind.add_argument("--lengths", help="instead: texts of exactly these many tokens, as 16,32,64,128")
     kind.add_argument("--processes", help="instead: so many processes of one thread, as 1,2")
+    kind.add_argument("--batches", help="instead: so many examples a step, as 32,128,512")
     parser.add_argument("--device_list", default="0")
     parser.add_argument("--only", help="rows whose title holds this text, and each stage's first")
     parser.add_argument("--stage", choices=STAGES, help="this one alone")

@@ -125,16 +125,19 @@ def test_two_processes_that_do_one_and_a_half_times_as_much_are_75_percent_of_li
 
 
 def test_a_line_compares_a_row_with_the_first_of_its_stage():
-    base = Figures(10.0, 130.0, None, {"teacher": 70.0, "rest": 30.0})
+    base = Figures(10.0, 130.0, None, {"teacher": 70.0, "rest": 30.0}, 1e12, 2e12)
     row = Row("reference", "prediction", ())
     assert throughput.compare(row, base, row, base) == {
         "FPS": 10.0,
         "tokens/s": 130.0,
+        "TFLOP/s": 1.0,
+        "limit": 2.0,
         "teacher %": 70.0,
         "rest %": 30.0,
         "ratio": 1.0,
     }
-    remembered = throughput.compare(row, Figures(40.0, 520.0, 15.0), row, base)
+    remembered = throughput.compare(row, Figures(40.0, 520.0, 15.0, operations=3e12, limit=4e12), row, base)
+    assert (remembered["TFLOP/s"], remembered["limit"]) == (3.0, 4.0)
     assert (remembered["ratio"], remembered["first epoch"], remembered["its ratio"]) == (4.0, 15.0, 1.5)
     longer = throughput.compare(Row("32 tokens", "prediction", (), length=32), Figures(4.0, 128.0), row, base)
     assert longer["cost"] == 2.5
@@ -234,6 +237,7 @@ def test_throughput_prints_its_rows_and_medians(folders):
     assert figures(reference)[1] == "1.00"
     assert figures(reference)[3:5] == ["-", "-"]
     assert all(float(figure) > 0 for figure in figures(remembered)[:5])
+    assert all(float(figures(line)[6]) > 0 for line in lines)
 
 
 @pytest.mark.slow
@@ -258,6 +262,9 @@ def test_throughput_by_length_and_by_processes(folders):
     assert titles(lines[1:]) == ["1 x 1 thread", "2 x 1 thread"]
     assert figures(lines[1])[1] == "100"
     assert sum(percentages(lines[2])) == pytest.approx(100, abs=0.5)
+    lines = table("throughput.py", *folders, *tiny, "--stage", "prediction", "--batches", "4,8")
+    assert titles(lines[1:]) == ["batches of 4", "batches of 8"]
+    assert figures(lines[1])[1] == "1.00"
 
 
 @pytest.mark.slow
