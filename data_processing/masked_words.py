@@ -152,8 +152,8 @@ class MaskedWords:
         output = nn.Linear(self._output.shape[1], rows, device=self._device)
         output.weight, output.bias = nn.Parameter(self._output[:rows]), nn.Parameter(self._bias[:rows])
         if self._device.type == "cpu" and half == torch.bfloat16 and frozen.can_pack():
-            frozen.pack(self._model)
-            self._score = frozen.PackedLinear(output)
+            frozen.pack(self._model, few_sizes=True)
+            self._score = frozen.PackedLinear(output, few_sizes=True)
             return
         for module in self._model.modules():
             if isinstance(module, nn.Linear) and module.bias is not None:

@@ -115,7 +115,7 @@ class TeacherJudge:
         self._task, self._length = task, min(max_seq_length, teacher.model.config.max_position_embeddings)
         self._device, self._half, self._threads = device, half, threads
         if device.type == "cpu" and half == torch.bfloat16 and frozen.can_pack():
-            frozen.pack(self._model)
+            frozen.pack(self._model, few_sizes=True)
 
     def kept(self, made: Sequence[Sequence[tuple[str, ...]]]) -> list[list[tuple[str, ...]]]:
         """Of each row's texts, the first of which is the original's, those of the same class as it."""

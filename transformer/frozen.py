@@ -2,14 +2,19 @@
 
 Its linear layers keep their weights in the blocked layout that the CPU's matrix units read, in which
 oneDNN would otherwise put them anew for every batch, and apply the activation that follows in the same pass.
+
+oneDNN makes a kernel for each number of rows and keeps the last thousand of them, of one to two MB each. Where batches
+come in ever new sizes, as in data augmentation, rows are therefore added up to one of few numbers.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from transformer.modeling import BertIntermediate
+from transformer.heads import BertPredictionHeadTransform
+from transformer.modeling import BertIntermediate, BertSelfAttention
 
 # config.hidden_act -> oneDNN's name of it, and which form of gelu is meant. Other activations follow by themselves.
 _FUSED = {"gelu": ("gelu", "none"), "gelu_new": ("gelu", "tanh"), "relu": ("relu", "")}
@@ -21,19 +26,33 @@ class PackedLinear(nn.Module):
     Args:
         linear: whose weights and bias are taken.
         hidden_act: an activation of `_FUSED`, or None for none.
+        few_sizes: whether rows of zeros are added up to the next of `row_count`'s numbers.
     """
 
-    def __init__(self, linear: nn.Linear, hidden_act: str | None = None) -> None:
+    def __init__(self, linear: nn.Linear, hidden_act: str | None = None, few_sizes: bool = False) -> None:
         super().__init__()
+        self._few_sizes = few_sizes
         self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().bfloat16().contiguous())
         self._bias = linear.bias.detach().bfloat16()
         self._activation, self._form = _FUSED[hidden_act] if hidden_act else ("none", "")
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in] -> [..., out] in bf16."""
-        return torch.ops.mkldnn._linear_pointwise(
-            input.bfloat16(), self._weight, self._bias, self._activation, [], self._form
-        )
+        if not self._few_sizes:
+            return self._product(input.bfloat16())
+        rows = input.bfloat16().flatten(0, -2)
+        added = row_count(len(rows)) - len(rows)
+        product = self._product(functional.pad(rows, (0, 0, 0, added)) if added else rows)
+        return product[: len(rows)].unflatten(0, input.shape[:-1])
+
+    def _product(self, rows: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(rows, self._weight, self._bias, self._activation, [], self._form)
+
+
+def row_count(rows: int) -> int:
+    """The next number from so many rows on that has a kernel: a multiple of 16, above 256 of 64."""
+    step = 16 if rows <= 256 else 64
+    return -(-rows // step) * step
 
 
 def can_pack() -> bool:
@@ -47,22 +66,29 @@ def can_pack() -> bool:
     )
 
 
-def pack(model: nn.Module) -> None:
+def pack(model: nn.Module, few_sizes: bool = False) -> None:
     """Puts packed layers in the places of a frozen model's linear layers, whose parameters it then no longer has.
 
     A decoder that shares its weights with the embeddings, and so has no bias of its own, stays as it is.
 
     Args:
         model: on a CPU; its `config` names the activation.
+        few_sizes: as `PackedLinear`'s, for batches of many sizes; attention without scores then is one kernel, of
+            which oneDNN keeps none either.
     """
-    _pack(model, model.config.hidden_act)  # type: ignore[union-attr, arg-type]
+    _pack(model, model.config.hidden_act, few_sizes)  # type: ignore[union-attr, arg-type]
 
 
-def _pack(module: nn.Module, hidden_act: str) -> None:
+def _pack(module: nn.Module, hidden_act: str, few_sizes: bool) -> None:
+    if isinstance(module, BertSelfAttention):
+        module.fused = few_sizes
     for name, child in list(module.named_children()):
         if isinstance(child, BertIntermediate) and hidden_act in _FUSED:
-            setattr(module, name, PackedLinear(child.dense, hidden_act))
+            setattr(module, name, PackedLinear(child.dense, hidden_act, few_sizes))
+        elif isinstance(child, BertPredictionHeadTransform) and hidden_act in _FUSED:
+            child.dense = PackedLinear(child.dense, hidden_act, few_sizes)  # type: ignore[assignment]
+            child.activation = nn.Identity()
         elif isinstance(child, nn.Linear) and child.bias is not None:
-            setattr(module, name, PackedLinear(child))
+            setattr(module, name, PackedLinear(child, few_sizes=few_sizes))
         else:
-            _pack(child, hidden_act)
+            _pack(child, hidden_act, few_sizes)

@@ -10,7 +10,8 @@ from distillation import precision
 from distillation.precision import TorchMixedPrecision
 from transformer import frozen
 from transformer.configuration import BertConfig
-from transformer.heads import TinyBertForSequenceClassification
+from transformer.heads import BertForMaskedLM, TinyBertForSequenceClassification
+from transformer.modeling import MASKED_SCORE, BertSelfAttention
 
 CPU = torch.device("cpu")
 needs_bf16 = pytest.mark.skipif(not precision.cpu_has_bf16(), reason="this processor has no bf16 instructions")
@@ -84,6 +85,66 @@ def test_the_activation_is_applied_once():
     assert (ours - right).abs().max() < 0.02
     assert (tanh - nn.functional.gelu(linear(states), approximate="tanh")).abs().max() < 0.02
     assert (plain - linear(states)).abs().max() < 0.02
+
+
+@needs_bf16
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(1, 1, 32), (13, 32), (16, 32), (3, 11, 32), (9, 37, 32)])
+def test_rows_that_are_added_up_do_not_show(shape):
+    linear = nn.Linear(32, 48)
+    states = torch.randn(shape)
+    ours = frozen.PackedLinear(linear, "gelu", few_sizes=True)(states)
+    right = nn.functional.gelu(linear(states))
+    assert ours.shape == right.shape
+    assert (ours - right).abs().max() < 0.02
+
+
+def test_few_row_counts_take_all():
+    counts = [frozen.row_count(rows) for rows in range(1, 1601)]
+    assert all(0 <= count - rows < 64 for rows, count in enumerate(counts, start=1))
+    assert all(frozen.row_count(count) == count for count in counts)
+    assert len(set(counts)) == 16 + 21
+
+
+@needs_bf16
+def test_the_masked_lms_head_is_packed_too():
+    torch.manual_seed(3)
+    head = BertForMaskedLM(BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)).eval()
+    transform = head.cls.predictions.transform
+    nn.init.normal_(transform.dense.weight, std=0.3)
+    states = torch.randn(7, 32)
+    with torch.no_grad():
+        right = transform(states)
+        frozen.pack(head)
+        ours = transform(states.bfloat16()).float()
+    assert not isinstance(transform.dense, nn.Linear)
+    assert (ours - right).abs().max() < 0.05
+
+
+@needs_bf16
+@torch.no_grad()
+@pytest.mark.parametrize("length", [1, 7, 16, 40])
+def test_attention_in_one_kernel_is_as_exact(length):
+    """Where it is turned on: beside the way that gives scores, told against fp32. Else scores or not are the same."""
+    torch.manual_seed(4)
+    attention = BertSelfAttention(BertConfig(hidden_size=32, num_attention_heads=4)).eval()
+    for linear in (attention.query, attention.key, attention.value):
+        nn.init.normal_(linear.weight, std=0.3)
+    hidden = torch.randn(5, length, 32)
+    mask = torch.zeros(5, 1, 1, length)
+    mask[1, :, :, -(-length // 2) :] = MASKED_SCORE
+    for queries in (None, 1):
+        right, _ = attention(hidden, mask, True, queries)
+        with torch.autocast("cpu", torch.bfloat16):
+            attention.fused = True
+            fused, nothing = attention(hidden, mask, False, queries)
+            plain, scores = attention(hidden, mask, True, queries)
+            attention.fused = False
+            assert torch.equal(attention(hidden, mask, False, queries)[0], plain)
+        assert nothing is None
+        assert scores is not None
+        assert (fused.shape, fused.dtype) == (plain.shape, plain.dtype)
+        assert (fused - right).norm() <= 1.1 * (plain - right).norm()
 
 
 @pytest.mark.parametrize(("dtype", "level"), [(torch.float16, "O1"), (torch.bfloat16, "O2")])
