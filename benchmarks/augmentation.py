@@ -2,9 +2,10 @@
 
     python benchmarks/augmentation.py --data_dir glue_dir/SST-2 --vocabulary bert_base_uncased --glove_embs glove.txt
 
-A model of BERT-base's shape with random weights is asked about the words of the same sentences of train.tsv in the
-original implementation's way (one forward a word, of the whole input in fp32, all of the vocabulary sorted; of a word
-of several pieces all vectors sorted) and in this project's. Both contexts; the ways take turns.
+A model of BERT-base's shape with random weights is asked about the words of sentences of train.tsv in the original
+implementation's way (one forward a word, of the whole input in fp32, all of the vocabulary sorted; of a word of several
+pieces all vectors sorted) and in this project's. Both contexts; the ways take turns. The original's way, whose words
+take as long each however many there are, is asked about the first sentences only.
 """
 
 from __future__ import annotations
@@ -92,17 +93,20 @@ def batched(augmenter: Augmenter, sentences: Sequence[str]) -> None:
         new_texts(sentence, words, found[number], SETTINGS.n, SETTINGS.p, str(number))
 
 
+def precisions(flags: Any, device: torch.device) -> dict[str, torch.dtype | None]:
+    """What is measured of fp32 and bf16."""
+    bf16 = not flags.fp32 and (device.type != "cpu" or cpu_has_bf16())
+    return {"fp32": None, "bf16": torch.bfloat16} if bf16 else {"fp32": None}
+
+
 def parts(model: BertForMaskedLM, flags: Any, device: torch.device) -> dict[str, dict[str, Any]]:
     """For each context this project's ways by their names; models in bf16 are copies."""
     tokenizer = BertTokenizer.from_pretrained(flags.vocabulary)
     vectors = None if flags.glove_embs is None else read_vectors(flags.glove_embs)
-    halves: dict[str, torch.dtype | None] = {"fp32": None}
-    if (cpu_has_bf16() if device.type == "cpu" else True) and not flags.fp32:
-        halves["bf16"] = torch.bfloat16
     made: dict[str, dict[str, Any]] = {}
     for context in ("original", "masked"):
         made[context] = {}
-        for name, half in halves.items():
+        for name, half in precisions(flags, device).items():
             own = BertForMaskedLM(model.config).eval().to(device)
             own.load_state_dict(model.state_dict())
             masked = MaskedWords(own, tokenizer, context == "original", half, share_cores(1))
@@ -126,10 +130,11 @@ def measure_candidates(flags: Any, device: torch.device) -> None:
         for way in ways.values():
             batched(way, sentences[:4])
         seconds: dict[str, list[float]] = {"one word at a time": [], **{name: [] for name in ways}}
-        words = 0
+        first = sentences[: flags.one_at_a_time]
+        asked = 0
         for _ in range(flags.repeat):
             begin = _now(device)
-            words = sum(plain.augment(sentence, n, with_original) for n, sentence in enumerate(sentences))
+            asked = sum(plain.augment(sentence, n, with_original) for n, sentence in enumerate(first))
             seconds["one word at a time"].append(_now(device) - begin)
             before = torch.get_num_threads()
             torch.set_num_threads(1 if device.type == "cpu" else before)  # as the command does
@@ -139,11 +144,15 @@ def measure_candidates(flags: Any, device: torch.device) -> None:
                 batched(way, sentences)
                 seconds[name].append(_now(device) - begin)
             torch.set_num_threads(before)
-        base = statistics.median(seconds["one word at a time"])
-        print(f"--mlm_context {context}: {words} words of {len(sentences)} sentences")
-        for name, values in seconds.items():
-            value = statistics.median(values)
-            print(f"  {name:20} {words / value:9.1f} words/s {base / value:7.1f}x")
+        words = sum(is_replaceable(word) for sentence in sentences for word in tokenizer.basic_tokenize(sentence))
+        print(
+            f"--mlm_context {context}: {words} words of {len(sentences)} sentences, one at a time the {asked} of "
+            f"the first {len(first)}"
+        )
+        counts = {name: asked if name == "one word at a time" else words for name in seconds}
+        speeds = {name: counts[name] / statistics.median(values) for name, values in seconds.items()}
+        for name, speed in speeds.items():
+            print(f"  {name:20} {speed:9.1f} words/s {speed / speeds['one word at a time']:7.1f}x")
 
 
 def measure_vectors(file: Path) -> None:
@@ -160,7 +169,7 @@ def measure_vectors(file: Path) -> None:
 
 
 def measure_memory(flags: Any) -> None:
-    """Prints the most memory of the command on more and more rows, with a tiny model."""
+    """Prints the most memory of the command on a CPU, on more and more rows, with a tiny model."""
     tokenizer = BertTokenizer.from_pretrained(flags.vocabulary)
     header, *lines = read_lines(flags.data_dir / "train.tsv")
     with tempfile.TemporaryDirectory() as made:
@@ -175,10 +184,17 @@ def measure_memory(flags: Any) -> None:
             command = [sys.executable, str(ROOT / "data_processing" / "data_augmentation.py"), "--data_dir", str(data)]
             command += ["--task_name", "SST-2", "--pretrained_bert_model", str(folder / "bert"), "--no_glove"]
             command += ["--do_lower_case", "--device", "cpu", "--mlm_context", "masked", "--N", "2"]
-            done = subprocess.run([sys.executable, "-c", _PEAK, *command], capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise UserError(f"the command failed: {done.stderr.strip().splitlines()[-1]}")
-            print(f"memory: {count} rows, {int(done.stdout.split()[-1]) / 1024:.0f} MB at most")
+            command += ["--overwrite_output_file", "--precision"]
+            peaks = {name: _peak([*command, name]) for name in precisions(flags, torch.device("cpu"))}
+            print(f"memory: {count} rows, " + ", ".join(f"{name} {peak} MB" for name, peak in peaks.items()))
+
+
+def _peak(command: Sequence[str]) -> int:
+    """The most memory of a command, in MB."""
+    done = subprocess.run([sys.executable, "-c", _PEAK, *command], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"the command failed: {done.stderr.strip().splitlines()[-1]}")
+    return round(int(done.stdout.split()[-1]) / 1024)
 
 
 # The largest child's peak is that of the command alone, since this one process has no other.
@@ -201,14 +217,15 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--vocabulary", type=path, required=True, help="a folder with an uncased vocab.txt")
     parser.add_argument("--glove_embs", type=path, help="word vectors; without them words of several pieces are left")
     parser.add_argument("--sentences", type=int, default=300)
+    parser.add_argument("--one_at_a_time", type=int, default=40, help="of them, asked about in the original's way")
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--fp32", action="store_true", help="leave bf16 out")
     parser.add_argument("--memory", type=int, nargs="*", default=[], help="numbers of rows to measure memory with")
     parser.add_argument("--device", default="cpu", choices=("npu", "gpu", "cpu", "auto"))
     parser.add_argument("--size", default="base", choices=tuple(SIZES), help="tiny: only shows that it runs")
     flags = parser.parse_args(list(arguments))
-    if flags.sentences < 1 or flags.repeat < 1 or any(count < 1 for count in flags.memory):
-        raise UserError("--sentences, --repeat, --memory: expected numbers of 1 or more")
+    if min(flags.sentences, flags.one_at_a_time, flags.repeat, *flags.memory) < 1:
+        raise UserError("--sentences, --one_at_a_time, --repeat, --memory: expected numbers of 1 or more")
     print(machine())
     if flags.glove_embs is not None:
         measure_vectors(flags.glove_embs)
