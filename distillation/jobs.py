@@ -29,6 +29,7 @@ from distillation.models import (
     choose_case,
     load_complete,
     load_learner,
+    warn_of_changed_weights,
 )
 from distillation.options import Options, Stage
 from distillation.precision import Precision
@@ -81,6 +82,9 @@ def _train(options: Options, process: Process, signals: Signals) -> None:
             run = describe(options, process) | {
                 "compared": compared(process, precision.name, options.task, parts.digests())
             }
+            for loaded in models:
+                if loaded is not None:
+                    warn_of_changed_weights(loaded.folder, run["sha256"])
             if goes_on:
                 found.check(run)
     folder = RunFolder(options.output_dir, process, signals, options.save_steps)

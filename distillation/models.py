@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from data_processing.tasks import Task
 from distillation.labels import in_task_order, names_the_task
 from transformer.configuration import BertConfig
 from transformer.errors import UserError
-from transformer.file_utils import read_weights
+from transformer.file_utils import WEIGHTS_NAME, read_weights
 from transformer.heads import TinyBertForSequenceClassification
 from transformer.loading import (
     NoNewWeights,
@@ -30,6 +30,7 @@ from transformer.loading import (
     summarise,
     with_encoder_prefix,
 )
+from transformer.saving import MANIFEST_NAME, changed_files, has_changed_content, settle_to_read
 from transformer.tokenization import BertTokenizer
 from transformer.vocabulary import TOKENIZER_CONFIG_NAME, stated_case, vocabulary_path
 
@@ -162,6 +163,9 @@ def load_learner(
 def _read(folder: Path, do_lower_case: bool) -> tuple[BertConfig, dict, BertTokenizer]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; expected a model's folder with config.json, weights and vocab.txt")
+    settle_to_read(folder)
+    for name in changed_files(folder, hash_weights=False):
+        _warn_of_change(folder / name)
     config = BertConfig.from_pretrained(folder)
     tokenizer = BertTokenizer.from_pretrained(folder, do_lower_case)
     if len(tokenizer) > config.vocab_size:
@@ -169,6 +173,28 @@ def _read(folder: Path, do_lower_case: bool) -> tuple[BertConfig, dict, BertToke
             f"{folder}: the vocabulary has {len(tokenizer)} tokens, config.json says vocab_size {config.vocab_size}"
         )
     return config, with_encoder_prefix(read_weights(folder)), tokenizer
+
+
+def warn_of_changed_weights(folder: Path, digests: Mapping[str, str]) -> None:
+    """Warns of weights whose bits are not those that were saved; of another size reading them has told.
+
+    Args:
+        digests: the SHA-256 of files by their paths, where they are known: hashing takes a second a gigabyte.
+    """
+    path = folder / WEIGHTS_NAME
+    known = digests.get(str(path))
+    if known is not None and has_changed_content(path, known):
+        _warn_of_change(path)
+
+
+def _warn_of_change(path: Path) -> None:
+    # No error: whoever edits a model's files by hand knows what for.
+    logger.warning(
+        "%s: is not the file that was saved with this model (%s), and is used as it is; unless it was changed on "
+        "purpose it is damaged or of another model: copy the whole folder again",
+        path,
+        MANIFEST_NAME,
+    )
 
 
 def _build(

@@ -192,23 +192,59 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return {"id": identity, "files": files} if re.fullmatch("[0-9a-f]{16}", identity) else None
 
 
-def changed_files(folder: Path) -> list[str]:
-    """The files that are not, any more or yet, those of the folder's manifest: none of a model that is whole."""
+def changed_files(folder: Path, hash_weights: bool = True) -> list[str]:
+    """The files that are not, any more or yet, those of the folder's manifest: none of a model that is whole.
+
+    A model.safetensors beside weights of the manifest counts too: it would be read in their place.
+
+    Args:
+        hash_weights: otherwise weights are told by their size alone, which takes no time.
+    """
+    saved = _saved_files(folder)
+    changed = [
+        name
+        for name, known in saved.items()
+        if name != WEIGHTS_NAME and not _is_as_saved(folder / name, known, hashes=True)
+    ]
+    if WEIGHTS_NAME in saved:
+        beside = (folder / SAFETENSORS_NAME).is_file()
+        if beside and (folder / WEIGHTS_NAME).is_file():
+            changed.append(SAFETENSORS_NAME)
+        elif not beside and not _is_as_saved(folder / WEIGHTS_NAME, saved[WEIGHTS_NAME], hash_weights):
+            changed.append(WEIGHTS_NAME)
+    return changed
+
+
+def has_changed_content(path: Path, sha256: str) -> bool:
+    """Whether a model's file has the size that the manifest beside it says, and another content.
+
+    Args:
+        sha256: of its content, as it is.
+    """
+    known = _saved_files(path.parent).get(path.name)
+    return known is not None and _is_as_saved(path, known, hashes=False) and sha256 != known["sha256"]
+
+
+def _saved_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """What the folder's manifest says of each file, in the order of `MODEL_FILES`; it may come from anybody."""
     manifest = read_manifest(folder)
     files = {} if manifest is None else manifest["files"]
-    return [
-        name
-        for name in MODEL_FILES
-        if name in files and not ((folder / name).is_file() and _described(folder / name) == files[name])
-    ]
+    known = {name: files[name] for name in MODEL_FILES if isinstance(files.get(name), dict)}
+    return {name: entry for name, entry in known.items() if {"size", "sha256"} <= set(entry)}
 
 
-def _described(path: Path) -> dict[str, Any]:
+def _is_as_saved(path: Path, known: Mapping[str, Any], hashes: bool) -> bool:
+    if not path.is_file() or path.stat().st_size != known["size"]:
+        return False
+    return not hashes or _sha256(path) == known["sha256"]
+
+
+def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(2**20):
             digest.update(piece)
-    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+    return digest.hexdigest()
 
 
 def remove_leftovers(folder: Path, names: Iterable[str]) -> None:
