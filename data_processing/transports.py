@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import importlib
 import logging
+import queue
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from http.client import HTTPException
@@ -21,6 +23,9 @@ from data_processing.addresses import Address, hidden
 from transformer.errors import UserError
 
 _PIECE = 2**17
+_WHOLE_PIECE = 2**15  # where a library gives a piece only when all of it is there
+_MOST_WAITING = 8  # pieces that have arrived and are not yet taken
+_SECONDS_BETWEEN_LOOKS = 0.1
 _MOST_REDIRECTS = 5
 _REDIRECTS = (301, 302, 303, 307, 308)
 _USER_AGENT = "tinybert-download"
@@ -55,7 +60,8 @@ def request(
     Args:
         address: what is asked for.
         headers: further ones: Range and If-Range, If-None-Match or If-Modified-Since.
-        connect_seconds, read_seconds: how long the server may take to be reached, and to send anything.
+        connect_seconds, read_seconds: how long the server may take to be reached, and to send anything. Both together
+            are what its whole answer up to the content may take.
 
     Raises:
         Unreachable: here, or while pieces are read.
@@ -64,14 +70,83 @@ def request(
     for library in ("urllib3", "botocore"):  # they log whole addresses
         logging.getLogger(library).setLevel(logging.CRITICAL)
     opened = _http if address.scheme in ("http", "https") else _s3
-    with opened(address, headers, (connect_seconds, read_seconds)) as reply:
-        yield reply
+    arriving = _Arriving(opened(address, headers, (connect_seconds, read_seconds)))
+    try:
+        yield arriving.reply(connect_seconds + read_seconds, read_seconds)
+    finally:
+        arriving.leave()
+
+
+class _Arriving:
+    """A reply that a thread reads, so that no wait for it is longer than is allowed.
+
+    The libraries limit each wait for some bytes, not that for a whole header or piece: of a server that sends a byte a
+    second they would wait for days. A thread that is left waits on, which harms nobody, until its server ends.
+    """
+
+    def __init__(self, opened: AbstractContextManager[Reply]) -> None:
+        # Replies, pieces, and in the end None or an error.
+        self._items: queue.Queue[Any] = queue.Queue(_MOST_WAITING)
+        self._left = threading.Event()
+        threading.Thread(target=self._read, args=(opened,), name="download", daemon=True).start()
+
+    def reply(self, seconds: float, seconds_between: float) -> Reply:
+        """The reply, whose pieces may be read.
+
+        Args:
+            seconds: until its content begins. seconds_between: until the first piece, and between two.
+        """
+        reply = self._next(seconds, f"the server's answer takes longer than {seconds:g} s")
+        return Reply(reply.status, reply.headers, self._pieces(seconds_between))
+
+    def leave(self) -> None:
+        """Nothing more is wanted."""
+        self._left.set()
+
+    def _pieces(self, seconds: float) -> Iterator[bytes]:
+        while (piece := self._next(seconds, "the server fell silent")) is not None:
+            yield piece
+
+    def _next(self, seconds: float, otherwise: str) -> Any:
+        try:
+            item = self._items.get(timeout=seconds)
+        except queue.Empty:
+            raise Unreachable(otherwise) from None
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def _read(self, opened: AbstractContextManager[Reply]) -> None:
+        try:
+            with opened as reply:
+                self._give(reply)
+                for piece in reply.pieces:
+                    self._give(piece)
+                    if self._left.is_set():
+                        return
+            self._give(None)
+        except BaseException as error:  # whoever waits raises it
+            self._give(error)
+
+    def _give(self, item: Any) -> None:
+        while not self._left.is_set():
+            try:
+                self._items.put(item, timeout=_SECONDS_BETWEEN_LOOKS)
+                return
+            except queue.Full:
+                continue
+
+
+def _http(address: Address, headers: Mapping[str, str], seconds: tuple[float, float]) -> AbstractContextManager[Reply]:
+    import requests  # some tenths of a second, which only a download is to take, and which no server is to blame for
+
+    return _answered(requests, address, headers, seconds)
 
 
 @contextmanager
-def _http(address: Address, headers: Mapping[str, str], seconds: tuple[float, float]) -> Iterator[Reply]:
-    import requests  # some tenths of a second, which only a download is to take
-
+def _answered(
+    requests: ModuleType, address: Address, headers: Mapping[str, str], seconds: tuple[float, float]
+) -> Iterator[Reply]:
     parts = urlsplit(address.url)
     auth = (unquote(parts.username or ""), unquote(parts.password or "")) if "@" in parts.netloc else None
     first = url = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
@@ -164,32 +239,33 @@ def _kind(error: Exception) -> str:
     return type(error).__name__
 
 
-@contextmanager
-def _s3(address: Address, headers: Mapping[str, str], seconds: tuple[float, float]) -> Iterator[Reply]:
+def _s3(address: Address, headers: Mapping[str, str], seconds: tuple[float, float]) -> AbstractContextManager[Reply]:
     boto3, botocore = _library("boto3", address), _library("botocore.config", address)
     exceptions = importlib.import_module("botocore.exceptions")
-    parts = urlsplit(address.url)
-    # S3 knows no If-Range; with If-Match it answers 412 where the content has changed.
-    names = {"Range": "Range", "If-Range": "IfMatch", "If-None-Match": "IfNoneMatch"}
-    asked = {names[name]: value for name, value in headers.items() if name in names}
-    try:
+    with _told_of_s3(address, exceptions):
         session = boto3.Session()
         settings = {"connect_timeout": seconds[0], "read_timeout": seconds[1], "retries": {"total_max_attempts": 1}}
         if session.get_credentials() is None:  # then only what is public can be read
             settings["signature_version"] = importlib.import_module("botocore").UNSIGNED
         client = session.client("s3", config=botocore.Config(**settings))
-        # Without checksums, which a part of a file has none of.
-        found = client.get_object(Bucket=parts.netloc.rpartition("@")[2], Key=unquote(parts.path.lstrip("/")), **asked)
+    return _s3_answered(client, exceptions, address, headers)
+
+
+@contextmanager
+def _s3_answered(client: Any, exceptions: ModuleType, address: Address, headers: Mapping[str, str]) -> Iterator[Reply]:
+    parts = urlsplit(address.url)
+    # S3 knows no If-Range; with If-Match it answers 412 where the content has changed.
+    names = {"Range": "Range", "If-Range": "IfMatch", "If-None-Match": "IfNoneMatch"}
+    asked = {names[name]: value for name, value in headers.items() if name in names}
+    try:
+        with _told_of_s3(address, exceptions):
+            # Without checksums, which a part of a file has none of.
+            bucket, key = parts.netloc.rpartition("@")[2], unquote(parts.path.lstrip("/"))
+            found = client.get_object(Bucket=bucket, Key=key, **asked)
     except exceptions.ClientError as error:
         meta = error.response.get("ResponseMetadata", {})
         yield Reply(meta.get("HTTPStatusCode", 500), _lower(meta.get("HTTPHeaders", {})), iter(()))
         return
-    except (exceptions.ParamValidationError, exceptions.PartialCredentialsError, exceptions.ProfileNotFound) as error:
-        raise UserError(f"{address.shown}: this address, or AWS's settings, cannot be used ({_kind(error)})") from None
-    except exceptions.BotoCoreError as error:
-        raise Unreachable(f"the server cannot be reached ({_kind(error)})") from None
-    except ValueError:  # an endpoint in the environment that is none
-        raise UserError(f"{address.shown}: the endpoint in AWS's settings is no address") from None
     meta = found["ResponseMetadata"]
     body = found["Body"]
     try:
@@ -198,10 +274,25 @@ def _s3(address: Address, headers: Mapping[str, str], seconds: tuple[float, floa
         body.close()
 
 
+@contextmanager
+def _told_of_s3(address: Address, exceptions: ModuleType) -> Iterator[None]:
+    """Tells boto3's errors, but those that are a server's answer, in our words."""
+    try:
+        yield
+    except exceptions.ClientError:
+        raise
+    except (exceptions.ParamValidationError, exceptions.PartialCredentialsError, exceptions.ProfileNotFound) as error:
+        raise UserError(f"{address.shown}: this address, or AWS's settings, cannot be used ({_kind(error)})") from None
+    except exceptions.BotoCoreError as error:
+        raise Unreachable(f"the server cannot be reached ({_kind(error)})") from None
+    except ValueError:  # an endpoint in the environment that is none
+        raise UserError(f"{address.shown}: the endpoint in AWS's settings is no address") from None
+
+
 def _s3_pieces(body: Any, exceptions: ModuleType) -> Iterator[bytes]:
     while True:
         try:
-            piece = body.read(_PIECE)
+            piece = body.read(_WHOLE_PIECE)
         except (exceptions.BotoCoreError, HTTPException, OSError) as error:
             silent = isinstance(error, (exceptions.ReadTimeoutError, TimeoutError))
             raise Unreachable("the server fell silent" if silent else "the connection broke off") from None

@@ -47,12 +47,16 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Site:
-    """The server: `files` by path, `answers` for the next requests instead of good ones, `requests` as they came."""
+    """The server: `files` by path, `answers` for the next requests instead of good ones, `requests` as they came.
+
+    outwaited: how many slow answers were waited for to their end.
+    """
 
     def __init__(self, context: ssl.SSLContext | None = None) -> None:
         self.files: dict[str, bytes] = {}
         self.answers: list[Answer] = []
         self.requests: list[tuple[str, dict[str, str]]] = []
+        self.outwaited = 0
         self.release = threading.Event()  # what a silent answer waits for
         handler = type("BoundHandler", (Handler,), {"site": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -157,5 +161,19 @@ def in_chunks(ends: bool = True) -> Answer:
             handler.say(f"{len(piece):x}\r\n".encode() + piece + b"\r\n")
         if ends:
             handler.say(b"0\r\n\r\n")
+
+    return answer
+
+
+def trickles(before: bytes, without_end: bytes) -> Answer:
+    """Answers with these bytes, and then byte by byte, so slowly that it takes 15 seconds, with the others."""
+
+    def answer(handler: Handler) -> None:
+        handler.say(before)
+        for _ in range(300):
+            handler.say(without_end)
+            if handler.site.release.wait(0.05):
+                return
+        handler.site.outwaited += 1
 
     return answer

@@ -13,7 +13,7 @@ import boto3
 import pytest
 from cases import ROOT
 from moto.server import ThreadedMotoServer
-from site_with_faults import Site, breaks_off, falls_silent, says
+from site_with_faults import Site, breaks_off, falls_silent, says, trickles
 
 import main as main_entry
 import task_distill
@@ -366,8 +366,10 @@ class TestS3:
             (says(503), "the server answers 503"),
             (falls_silent(1000), "fell silent"),
             (breaks_off(1000), "broke off"),
+            (trickles(b"HTTP/1.1 200 OK\r\nX: ", b"x"), "the server's answer takes longer than 2.5 s"),
+            (trickles(b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n", b"x"), "fell silent"),
         ],
-        ids=["403", "503", "silent", "breaks off"],
+        ids=["403", "503", "silent", "breaks off", "slow headers", "slow content"],
     )
     def test_a_server_of_s3_that_fails_is_told(self, client, get, site, monkeypatch, answer, told):
         monkeypatch.setenv("AWS_ENDPOINT_URL", site.address(""))

@@ -6,7 +6,7 @@ import logging
 import threading
 
 import pytest
-from site_with_faults import Site, breaks_off, etag_of, falls_silent, in_chunks, says, says_nothing, well
+from site_with_faults import Site, breaks_off, etag_of, falls_silent, in_chunks, says, says_nothing, trickles, well
 
 from data_processing.addresses import parse_address
 from data_processing.archives import Limits
@@ -162,17 +162,34 @@ def test_silence_without_end_is_told(site, get, tmp_path):
     assert nothing_kept(tmp_path)
 
 
-def test_a_trickle_is_as_good_as_silence(site, get):
-    def trickles(handler):
-        handler.head(200, len(CONTENT), ETag=etag_of(CONTENT))
-        for byte in CONTENT:
-            handler.say(bytes([byte]))
-            if site.release.wait(0.05):
-                return
+HEAD = f"HTTP/1.1 200 OK\r\nContent-Length: {len(CONTENT)}\r\n".encode()
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 
-    site.answers = [trickles]
+
+@pytest.mark.parametrize(
+    ("before", "without_end"),
+    [
+        (b"", b"H"),
+        (HEAD + b"X: ", b"x"),
+        (HEAD + b"\r\n", b"x"),
+        (CHUNKED + b"5;", b"x"),
+        (b"HTTP/1.1 302 Found\r\nLocation: ", b"/"),
+    ],
+    ids=["status", "headers", "content", "a chunk's line", "a redirection"],
+)
+def test_a_trickle_is_as_good_as_silence(site, get, before, without_end):
+    """Wherever in the answer: no single wait is long, all together are."""
+    site.answers = [trickles(before, without_end)]
     assert get(site.put("/model.bin", CONTENT)) == CONTENT
     assert len(site.requests) == 2
+    assert site.outwaited == 0
+
+
+def test_a_trickle_without_end_is_told(site, get, tmp_path):
+    site.answers = [trickles(HEAD + b"X: ", b"x")] * 3
+    told = refused(get, site.put("/model.bin", CONTENT))
+    assert told.endswith("cannot be fetched: the server's answer takes longer than 1.3 s")
+    assert nothing_kept(tmp_path)
 
 
 def test_a_length_that_is_too_long_is_a_broken_connection(site, get, tmp_path):
