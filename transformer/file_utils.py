@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -27,7 +28,7 @@ from transformer.saving import (
     write_together,
     write_weights,
 )
-from transformer.untrusted import check_pickled, check_tensors
+from transformer.untrusted import OtherObjects, check_pickled, check_tensors
 
 __all__ = [
     "CONFIG_NAME",
@@ -87,16 +88,24 @@ def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
             check_pickled(path)
             outline = torch.load(path, map_location="meta", weights_only=True)  # without values
             if isinstance(outline, Mapping):
-                check_tensors(outline, path.stat().st_size)
+                check_tensors({key: _bare(value) for key, value in outline.items()}, path.stat().st_size)
             weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken pickle can raise any
+        otherwise = ""
+        if isinstance(error, OtherObjects):
+            otherwise = f"; where you trust it, save its tensors alone by safetensors' save_file, as {SAFETENSORS_NAME}"
         raise UserError(
             f"{path}: cannot be read as a dictionary of tensors ({_first_line(error)}); "
-            "a file that holds other objects is refused, since loading it could run code"
+            f"a file that holds other objects is refused, since loading it could run code{otherwise}"
         ) from None
     if not isinstance(weights, Mapping) or not all(isinstance(t, torch.Tensor) for t in weights.values()):
         raise UserError(f"{path}: holds no dictionary of tensors{_inner_dictionary(weights)}")
-    return {str(key): tensor for key, tensor in weights.items()}
+    return {str(key): _bare(tensor) for key, tensor in weights.items()}
+
+
+def _bare(value: Any) -> Any:
+    """A tensor without the attributes that a file may have given a parameter: they could hide its methods."""
+    return torch.Tensor.detach(value) if isinstance(value, torch.Tensor) else value
 
 
 def _inner_dictionary(content: object) -> str:

@@ -25,7 +25,8 @@ _LEGACY_PICKLES = 5  # in torch's old format: a mark, a version, the machine, th
 # What a dictionary of tensors is made of. Others that torch allows make objects of any size from a number alone.
 _ALLOWED = re.compile(
     r"collections OrderedDict"
-    r"|torch\._utils (_rebuild_tensor|_rebuild_tensor_v2|_rebuild_parameter|_rebuild_sparse_tensor)"
+    r"|torch\._utils (_rebuild_tensor|_rebuild_tensor_v2|_rebuild_sparse_tensor)"
+    r"|torch\._utils (_rebuild_parameter|_rebuild_parameter_with_state)"
     r"|torch\.serialization _get_layout|torch Size"
     r"|torch (Float|Double|Half|BFloat16|Long|Int|Short|Char|Byte|Bool|ComplexFloat|ComplexDouble)Storage"
 )
@@ -33,6 +34,10 @@ _WITH_NAMES = ("GLOBAL", "INST")
 _NUMBERS = ("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4")
 _SMALL = 2**16  # a number of which nothing large comes
 _MAGIC = 0x1950A86A20F9469CFC6C  # the old format's mark
+
+
+class OtherObjects(ValueError):
+    """A pickle makes other objects than a dictionary of tensors needs."""
 
 
 def read_limited(path: Path, most: int) -> bytes:
@@ -82,8 +87,8 @@ def check_pickled(path: Path) -> None:
     """Checks a file of torch's, of either format, before torch reads it.
 
     Raises:
-        ValueError: reading it would make other objects than tensors, or take more memory than the file's size;
-            or it is broken.
+        OtherObjects: reading it would make other objects than tensors.
+        ValueError: it would take more memory than the file's size; or it is broken.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -120,13 +125,13 @@ def _check_zip(path: Path, size: int) -> None:
 
 
 def _check_opcodes(file: Any, size: int) -> None:
-    """Reads a pickle's instructions without following them. Raises ValueError."""
+    """Reads a pickle's instructions without following them. Raises as `check_pickled`."""
     argument: Any
     for opcode, argument, _ in pickletools.genops(file):
         if opcode.name in _WITH_NAMES and not _ALLOWED.fullmatch(str(argument)):
-            raise ValueError(f"it names {str(argument)[:80].replace(' ', '.')}")
+            raise OtherObjects(f"it names {str(argument)[:80].replace(' ', '.')}")
         if opcode.name == "STACK_GLOBAL":
-            raise ValueError("it names what its instructions make up")
+            raise OtherObjects("it names what its instructions make up")
         if opcode.name in _NUMBERS and abs(int(argument)) > max(size, _SMALL) and argument != _MAGIC:
             raise ValueError("it speaks of more numbers than the file can hold")
 

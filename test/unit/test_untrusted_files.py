@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from augmentation_cases import head_shapes
-from cases import edit_weights, encoder_shapes, linear, weights_of, write_model
+from cases import assert_same_weights, edit_weights, encoder_shapes, linear, weights_of, write_model
 from safetensors.torch import save
 
 from data_processing.tasks import find_task
@@ -131,7 +131,7 @@ def test_a_pickle_that_calls_anything_is_refused_uncalled(folder, tmp_path, monk
         _use_new_zipfile_serialization=form == "zip",
     )
     told = refusal(folder)
-    assert "a file that holds other objects is refused, since loading it could run code" in told
+    assert "a file that holds other objects is refused, since loading it could run code; where you trust it, " in told
     assert not (tmp_path / "attacked").exists()
 
 
@@ -150,6 +150,23 @@ def test_every_protocol_of_pickles_is_refused(folder, tmp_path, monkeypatch, pro
 def test_the_good_pickle_of_these_tests_is_read(folder):
     (folder / "pytorch_model.bin").write_bytes(zip_of(pickled_tensor((2, 8), (8, 1), 16)))
     assert read_weights(folder)["classifier.weight"].shape == (2, 8)
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy"])
+def test_a_parameter_with_attributes_is_read_as_a_tensor(folder, form):
+    """As frameworks mark theirs; an attribute cannot take a method's place."""
+    marked = torch.nn.Parameter(WEIGHTS["classifier.weight"].clone())
+    for name in ("tensor_model_parallel", "numel", "is_complex", "dim", "copy_", "detach"):
+        setattr(marked, name, "mine")
+    torch.save(
+        {**WEIGHTS, "classifier.weight": marked},
+        folder / "pytorch_model.bin",
+        _use_new_zipfile_serialization=form == "zip",
+    )
+    assert_same_weights(read_weights(folder), WEIGHTS)
+    assert vars(read_weights(folder)["classifier.weight"]) == {}
+    loaded = load_complete(folder, find_task("sst-2"), True)
+    assert torch.equal(loaded.model.classifier.weight, WEIGHTS["classifier.weight"])
 
 
 @pytest.mark.parametrize(
