@@ -34,6 +34,8 @@ _MEASURED_FROM = 100 * 2**20  # bytes; below this no archive expands too far
 _LONGEST_PART, _LONGEST_NAME = 255, 1000  # bytes of a name between slashes, and of a whole one
 # Names that Windows gives a meaning of their own.
 _DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+_DRIVE = re.compile("[A-Za-z]:")  # which, with or without a slash, is another place on Windows
+_ONLY = "only files and folders are taken"
 _STRAY = ("__MACOSX", ".DS_Store")  # what a Mac adds to archives
 _BROKEN = (
     gzip.BadGzipFile,
@@ -258,8 +260,11 @@ def _planned(archive: zipfile.ZipFile | tarfile.TarFile, path: Path, limits: Lim
 def _zip_entries(archive: zipfile.ZipFile, what: str) -> Iterator[tuple[_Entry, bool]]:
     for info in archive.infolist():
         kind = stat.S_IFMT(info.external_attr >> 16)
-        if kind not in (0, stat.S_IFREG, stat.S_IFDIR) or (info.is_dir() and kind == stat.S_IFREG):
-            raise UserError(f"{what}: {info.filename!r} in it is a link or a device; only files and folders are taken")
+        if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+            is_a = "a link" if kind == stat.S_IFLNK else "a device, a pipe or a socket"
+            raise UserError(f"{what}: {info.filename[:100]!r} in it is {is_a}; {_ONLY}")
+        if info.is_dir() and kind == stat.S_IFREG:
+            raise UserError(f"{what}: {info.filename[:100]!r} in it is a file under a folder's name; {_ONLY}")
         if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise UserError(f"{what}: {info.filename!r} in it is encrypted or packed in a rare way; unpack it yourself")
         is_folder = info.is_dir() or kind == stat.S_IFDIR
@@ -272,7 +277,7 @@ def _zip_entries(archive: zipfile.ZipFile, what: str) -> Iterator[tuple[_Entry, 
 def _tar_entries(archive: tarfile.TarFile, what: str) -> Iterator[tuple[_Entry, bool]]:
     for info in archive:
         if not (info.isreg() or info.isdir()) or info.issparse():
-            raise UserError(f"{what}: {info.name!r} in it is a link or a device; only files and folders are taken")
+            raise UserError(f"{what}: {info.name[:100]!r} in it is {_kind_of(info)}; {_ONLY}")
         if info.size < 0:
             raise tarfile.ReadError("a size below 0")
         entry = _Entry(
@@ -291,6 +296,15 @@ def _tar_entries(archive: tarfile.TarFile, what: str) -> Iterator[tuple[_Entry, 
     raise tarfile.ReadError("it does not end")
 
 
+def _kind_of(info: tarfile.TarInfo) -> str:
+    """What an entry is that is not taken, and how to make an archive without it where that is easy."""
+    if info.islnk():  # of a file that is there under two names, the second
+        return f"a hard link to {info.linkname[:100]!r} (tar --hard-dereference packs a copy)"
+    if info.issym():
+        return f"a link to {info.linkname[:100]!r} (tar --dereference packs what it leads to)"
+    return "a file with holes (a sparse one)" if info.issparse() else "a device, a pipe or of an unknown kind"
+
+
 def _content(archive: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
     file = archive.extractfile(info)
     assert file is not None  # only files are opened
@@ -301,15 +315,19 @@ def _parts(name: str, what: str) -> tuple[str, ...]:
     """The parts of an entry's name; empty for the top itself. Raises UserError where it leads out of the target."""
     name = name.replace("\\", "/")  # as some programs write it on Windows
     parts = tuple(part for part in name.split("/") if part not in ("", "."))
-    if name.startswith("/") or any(part == ".." or ":" in part for part in parts):
-        raise UserError(
-            f"{what}: {name[:100]!r} in it leads out of the folder that it is unpacked into; it is not taken"
-        )
+    shown = name[:100]
+    if name.startswith("/") or ".." in parts or _DRIVE.match(name):
+        raise UserError(f"{what}: {shown!r} in it leads out of the folder that it is unpacked into; it is not taken")
     lengths = [len(part.encode("utf-8", errors="surrogateescape")) for part in parts]
     if max(lengths, default=0) > _LONGEST_PART or sum(lengths) > _LONGEST_NAME:
         raise UserError(f"{what}: a name in it is too long ({name[:60]!r}…)")
-    if any(_DEVICE.fullmatch(part) or re.search(r"[\0-\x1f\x7f]", part) for part in parts):
-        raise UserError(f"{what}: {name[:100]!r} in it is no name for a file")
+    if any(re.search(r"[\0-\x1f\x7f]", part) for part in parts):
+        raise UserError(f"{what}: {shown!r} in it is no name for a file: it has a control character")
+    # Wherever it is unpacked: an archive is taken on all systems or on none.
+    if any(":" in part for part in parts):
+        raise UserError(f"{what}: {shown!r} in it is no name for a file on Windows, because of its ':'; rename it")
+    if any(_DEVICE.fullmatch(part) for part in parts):
+        raise UserError(f"{what}: {shown!r} in it is a device's name on Windows, and not taken; rename it")
     return parts
 
 
