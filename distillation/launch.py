@@ -195,6 +195,8 @@ def _spawn(options: Options, kind: str, signals: Signals) -> None:
             if signals.received:  # between the two lines above
                 _terminate(children)
             _wait_for(children, reports)
+        if signals.received:  # too late for the processes to be stopped by it
+            raise Stopped(signals.received, "when the run had ended")
     except Stopped as error:
         raise Stopped(signals.received or error.number, error.where) from None
     finally:
@@ -227,7 +229,7 @@ def _run_as_child(options: Options, kind: str, rank: int, threads: int, port: in
     try:
         with signals.handled():
             _run_spawned(options, kind, rank, threads, port, signals)
-        leave()
+            leave()  # here, where a signal still ends it with a report
     except UserError as error:
         _fail(report, Report("mistake", str(error), USER_ERROR_STATUS))
     except Stopped as error:

@@ -8,12 +8,15 @@ import signal
 import sys
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from cases import command
 
-from distillation.launch import Report, RunFailed, _wait_for
+from distillation import launch
+from distillation.launch import Report, RunFailed, _spawn, _wait_for
+from distillation.signals import Signals, Stopped
 from transformer.errors import UserError
 
 CONTEXT = multiprocessing.get_context("spawn")
@@ -51,6 +54,26 @@ def test_no_process_that_failed_is_taken_for_one_that_ended_well(status: int, re
     else:
         with pytest.raises(UserError if reported else RunFailed):
             _wait_for([late], [receiver])
+
+
+def ends_well_though_it_is_told_to_stop(options: object, kind: str, rank: int, *_: object) -> None:
+    """As a process does that had nothing left to do when its parent passed the signal on."""
+    if rank == 0:
+        os.kill(os.getppid(), signal.SIGTERM)
+    signal.sigwait([signal.SIGTERM])  # a spawned process starts with signals held back
+    os._exit(0)
+
+
+def test_a_run_that_was_told_to_stop_never_ends_as_if_it_was_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or what a script does next would begin."""
+    monkeypatch.setattr(launch, "_run_as_child", ends_well_though_it_is_told_to_stop)
+    for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")
+    options: Any = SimpleNamespace(device_list=(0, 1), addr="127.0.0.1", port=None)
+    signals = Signals()
+    with signals.handled(), pytest.raises(Stopped, match="stopped by SIGTERM when the run had ended") as caught:
+        _spawn(options, "cpu", signals)
+    assert caught.value.status == 128 + signal.SIGTERM
 
 
 HELD_BACK = """
