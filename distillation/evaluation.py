@@ -6,10 +6,12 @@ Chooses no checkpoint and writes no file.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from data_processing.batching import Padding
@@ -39,6 +41,15 @@ class Evaluation:
         return self.examples / self.seconds
 
 
+class Interrupted(Exception):
+    """An evaluation was given up, in every process, as its caller asked for; nothing has come of it."""
+
+
+def never() -> bool:
+    """Of what is not to be given up."""
+    return False
+
+
 def predict(
     model: TinyBertForSequenceClassification,
     features: Features,
@@ -47,6 +58,7 @@ def predict(
     process: Process,
     precision: Precision,
     title: str = "evaluation",
+    stops: Callable[[], bool] = never,
 ) -> np.ndarray:
     """The model's logits [examples, outputs], in the features' order, in every process.
 
@@ -55,6 +67,10 @@ def predict(
 
     Args:
         title: what the progress of a long one is called.
+        stops: asked before each batch whether to give up; all processes do where one does.
+
+    Raises:
+        Interrupted: it was given up.
     """
     was_training = model.training
     model.eval()
@@ -63,16 +79,24 @@ def predict(
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     own = batches[process.rank :: process.world_size]
     progress = Progress(title, len(own), process.is_main, unit="batch")
-    logits = []
+    logits: list[Tensor] = []
+    gives_up = False
     with torch.no_grad(), precision.autocast():
         for examples in own:
+            gives_up = stops()
+            if gives_up:
+                break
             batch = padding.collate(features, examples).to(process.device)
             logits.append(model(*batch.inputs, hidden_layers=(), attention_layers=()).logits.float())
             progress.advance()
     progress.close()
     model.train(was_training)
+    # A process that was not asked to give up learns of it here, where it waits for the others anyway.
+    gathered = process.gather(None if gives_up else [part.cpu().numpy() for part in logits])
+    if any(parts is None for parts in gathered):
+        raise Interrupted
     values = np.empty((len(order), model.num_labels), dtype=np.float32)
-    for rank, parts in enumerate(process.gather([part.cpu().numpy() for part in logits])):
+    for rank, parts in enumerate(gathered):
         for examples, part in zip(batches[rank :: process.world_size], parts, strict=True):
             values[examples] = part
     return values
@@ -86,11 +110,16 @@ def evaluate(
     batch_size: int,
     process: Process,
     precision: Precision,
+    stops: Callable[[], bool] = never,
 ) -> Evaluation:
-    """Predicts every example and judges the predictions."""
+    """Predicts every example and judges the predictions.
+
+    Raises:
+        Interrupted: as for `predict`.
+    """
     synchronize(process.device)
     begin = time.perf_counter()
-    logits = predict(model, features, padding, batch_size, process, precision)
+    logits = predict(model, features, padding, batch_size, process, precision, stops=stops)
     return judge_logits(logits, features, task, time.perf_counter() - begin)
 
 

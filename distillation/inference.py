@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from data_processing.batching import Padding
@@ -12,7 +13,7 @@ from data_processing.features import Features, load_features, make_features
 from data_processing.tasks import Task
 from distillation.checkpoint import check_can_make
 from distillation.device import Process, first_of_machine_first
-from distillation.evaluation import Evaluation, evaluate, judge_logits, predict, predictions
+from distillation.evaluation import Evaluation, evaluate, judge_logits, never, predict, predictions
 from distillation.logs import RunLog, check_logs
 from distillation.models import LoadedModel, check_lengths, choose_case, load_complete
 from distillation.options import Options
@@ -51,11 +52,16 @@ class DevSets:
         return cls(options.task, options.eval_batch_size, features)
 
     def judge(
-        self, model: TinyBertForSequenceClassification, padding: Padding, process: Process, precision: Precision
+        self,
+        model: TinyBertForSequenceClassification,
+        padding: Padding,
+        process: Process,
+        precision: Precision,
+        stops: Callable[[], bool] = never,
     ) -> dict[str, Evaluation]:
-        """Evaluates a model on each file."""
+        """Evaluates a model on each file; `stops` as for `predict`."""
         return {
-            name: evaluate(model, features, self.task, padding, self.batch_size, process, precision)
+            name: evaluate(model, features, self.task, padding, self.batch_size, process, precision, stops)
             for name, features in self.features.items()
         }
 

@@ -251,7 +251,7 @@ def _teach(
                 folder.teacher = digest_of_states(kept, parts.features, padding)
 
     def judge(step: int) -> float:
-        results = dev.judge(learner.model, padding, process, precision)
+        results = dev.judge(learner.model, padding, process, precision, lambda: bool(folder.signals.received))
         for name, judged in results.items():
             logger.info("step %d: %s", step, shown(name, judged))
             log.record("eval", file=name, step=step, **judged.metrics)

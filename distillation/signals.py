@@ -1,4 +1,5 @@
-"""SIGINT (Ctrl-C) and SIGTERM: a run that trains finishes its step and saves, any other ends at once, with one line.
+"""SIGINT (Ctrl-C) and SIGTERM: a run that trains finishes its step, or gives up its evaluation, and saves; any other
+ends at once, with one line.
 
 A second signal ends a run at once whatever it does. Nothing here knows what is saved.
 """

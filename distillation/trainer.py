@@ -25,6 +25,7 @@ from data_processing.batching import Batch, Step, Totals, TrainingPlan, prepared
 from data_processing.features import Features
 from distillation import training_state
 from distillation.device import Process
+from distillation.evaluation import Interrupted
 from distillation.logs import FpsMeter, Progress, RunLog
 from distillation.precision import Precision
 from distillation.signals import Stopped
@@ -105,7 +106,8 @@ class Trainer:
         features, plan: the training set and the order in which it is learned.
         schedule: how long and how often.
         precision: has not been prepared yet.
-        judge: evaluates the model and returns the metric that chooses; called where the stage has one.
+        judge: evaluates the model and returns the metric that chooses; called where the stage has one. It raises
+            Interrupted where a signal has come, which the keeper then tells of.
         save: writes the model, of which so much is known.
         keeper: keeps the state; None keeps nothing.
     """
@@ -161,26 +163,41 @@ class Trainer:
             self._rehearse()
             training_state.restore(self, state)
         progress = Progress(self.title, self.total_steps, self.process.is_main, done=self.outcome.steps)
+        if state is not None and state.get("unjudged") is not None:
+            epoch, number = divmod(self.outcome.steps - 1, self.plan.steps_per_epoch)
+            self._after_step(epoch, number, state["unjudged"][self.process.rank])
         for epoch, number, batches, totals in self._steps():
             parts = self._learn(batches, totals)
             self.outcome.steps += 1
             meter.count(totals.examples)
             progress.advance(partial(self._shown, parts, meter))
-            last = self.outcome.steps == self.total_steps
-            looks = last or self.outcome.steps % self.schedule.eval_step == 0
-            tells = last or self.outcome.steps % self.schedule.output_txt_step == 0
-            if looks or tells or self.process.device.type == "cpu":
-                self._stop_if_not_finite()
-            if looks:
-                self._look(meter, last)
-            if tells:
-                self._write_line(epoch, number, parts, meter.fps())
-            if not last:
-                self._keep(meter, rests=looks or number + 1 == self.plan.steps_per_epoch)
+            self._after_step(epoch, number, parts)
         progress.close()
         self.outcome.fps, self.outcome.examples, self.outcome.seconds = meter.fps(), meter.examples, meter.paused
         self.outcome.skipped = self.precision.skipped
         return self.outcome
+
+    def _after_step(self, epoch: int, number: int, parts: Mapping[str, float | Tensor]) -> None:
+        """What is due after a step: a look at its loss, an evaluation, a line, a saving; or the run's end by a signal.
+
+        Args:
+            epoch, number: the step's, as of `_steps`.
+            parts: this process's, of its loss.
+        """
+        last = self.outcome.steps == self.total_steps
+        looks = last or self.outcome.steps % self.schedule.eval_step == 0
+        tells = last or self.outcome.steps % self.schedule.output_txt_step == 0
+        if looks or tells or self.process.device.type == "cpu":
+            self._stop_if_not_finite()
+        if looks:
+            try:
+                self._look(self.meter, last)
+            except Interrupted:
+                self._keep(self.meter, rests=True, unjudged=parts)
+        if tells:
+            self._write_line(epoch, number, parts, self.meter.fps())
+        if not last:
+            self._keep(self.meter, rests=looks or number + 1 == self.plan.steps_per_epoch)
 
     def _rehearse(self) -> None:
         """Of a resumed run of several processes, a step that moves nothing.
@@ -320,8 +337,13 @@ class Trainer:
                 self.save(self.outcome)
             self._saved_at = time.monotonic()
 
-    def _keep(self, meter: FpsMeter, rests: bool) -> None:
-        """Saves the state where it is time to, or a signal ends the run."""
+    def _keep(self, meter: FpsMeter, rests: bool, unjudged: Mapping[str, float | Tensor] | None = None) -> None:
+        """Saves the state where it is time to, or a signal ends the run.
+
+        Args:
+            unjudged: the parts of the step's loss, where a signal has broken off the evaluation after it: then it ends
+                the run, and the one that goes on from there makes that evaluation.
+        """
         if self.keeper is None:
             return
         wanted, signal = self.keeper.wants(self.outcome.steps, rests)
@@ -329,11 +351,11 @@ class Trainer:
             self._stop_if_not_finite()
             seconds = meter.seconds()
             with meter.pause("saving"):
-                self.keeper.save(training_state.gather(self, seconds))
+                self.keeper.save(training_state.gather(self, seconds, unjudged))
         if signal:
             raise Stopped(signal, f"after step {self.outcome.steps} of {self.total_steps}")
 
-    def _write_line(self, epoch: int, number: int, own_parts: dict[str, Tensor], fps: float) -> None:
+    def _write_line(self, epoch: int, number: int, own_parts: Mapping[str, float | Tensor], fps: float) -> None:
         parts = self._over_all_processes(own_parts)
         self.log.line(epoch, number, fps, self.metric)
         rate = self.optimizer.rate(self.optimizer.param_groups[0], max(0, self.optimizer.steps_taken - 1))

@@ -22,18 +22,22 @@ if TYPE_CHECKING:
 State = dict[str, Any]
 
 
-def gather(trainer: Trainer, seconds: float) -> State:
+def gather(trainer: Trainer, seconds: float, unjudged: Mapping[str, float | Tensor] | None = None) -> State:
     """The state after a step; every process calls this, and the main one's is whole.
 
     Args:
         seconds: the meter's, before it was paused for this.
+        unjudged: this process's part of each term of the step's loss, where the evaluation that belongs to the step
+            has not been made.
     """
+    parts = None if unjudged is None else {name: float(part) for name, part in unjudged.items()}
     outcome, meter = trainer.outcome, trainer.meter
     state = {
         "step": outcome.steps,
         "best": outcome.best,
         "best_step": outcome.best_step,
         "metric": trainer.metric,
+        "unjudged": None if parts is None else trainer.process.gather(parts),
         "examples": meter.examples,
         "seconds": seconds,
         "paused": dict(meter.paused),

@@ -2,8 +2,8 @@
 
     python stopped_processes.py RUNS.json STORE RANK WORLD_SIZE
 
-RUNS.json is a list of objects: `flags`, main.py's; `rank` and `step`, of the process that is sent a SIGTERM, and in
-which of its steps. Starting Python and torch takes seconds, a run of a tiny model does not.
+RUNS.json is a list of objects: `flags`, main.py's; `rank` of the process that is sent a SIGTERM; in which `step` of
+its, or in which `evaluation`. Starting Python and torch takes seconds, a run of a tiny model does not.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
-from stopped_runs import signal_in_step
+from stopped_runs import signal_in_evaluation, signal_in_step
 from torch import distributed
 
 import main
@@ -32,8 +32,10 @@ if __name__ == "__main__":
     told = []
     for run in json.loads(Path(file).read_text(encoding="utf-8")):
         signals = Signals()
-        is_hit = run.get("rank") == rank
-        with signals.handled(), signal_in_step(run["step"]) if is_hit else contextlib.nullcontext():
+        hit: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        if run.get("rank") == rank:
+            hit = signal_in_step(run["step"]) if "step" in run else signal_in_evaluation(run["evaluation"])
+        with signals.handled(), hit:
             try:
                 jobs.run(parse_options(run["flags"], main.ENTRY), process, signals)
                 told.append("")

@@ -13,7 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from cases import Golden, Run, Workplace, call, edit_config, write_rows
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from transformer.heads import TinyBertForSequenceClassification
 
 _TIMES = ("time", "fps", "seconds", "seconds_aside", "fps_examples")
 
@@ -43,6 +47,40 @@ def signal_in_step(step: int, number: int = signal.SIGTERM) -> Iterator[None]:
     hook = register_optimizer_step_pre_hook(count)
     try:
         yield
+    finally:
+        hook.remove()
+
+
+@contextlib.contextmanager
+def signal_in_evaluation(number: int, batch: int = 2) -> Iterator[list[int]]:
+    """Sends this process a signal while it evaluates the model that it trains for the so-many-th time from now on.
+
+    Args:
+        batch: of that evaluation, the one during which it comes.
+
+    Returns:
+        How many batches each evaluation had so far.
+    """
+    batches: list[int] = []
+    evaluates = False
+
+    def count(module: nn.Module, *_: object) -> None:
+        nonlocal evaluates
+        if not isinstance(module, TinyBertForSequenceClassification):
+            return
+        if module.training:
+            evaluates = False
+        elif any(parameter.requires_grad for parameter in module.parameters()):  # no teacher
+            if not evaluates:
+                batches.append(0)
+            evaluates = True
+            batches[-1] += 1
+            if (len(batches), batches[-1]) == (number, batch):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    hook = register_module_forward_pre_hook(count)
+    try:
+        yield batches
     finally:
         hook.remove()
 

@@ -88,8 +88,8 @@ class TestBeforeTheFirstSaving:
 
 @pytest.fixture
 def stopped(place: Workplace) -> Workplace:
-    """Stopped after three of its eight steps."""
-    with signal_in_step(3):
+    """Stopped after four of its eight steps, and one evaluation."""
+    with signal_in_step(4):
         assert again(place).status == 128 + signal.SIGTERM
     return place
 
@@ -223,8 +223,9 @@ def test_the_logs_are_on_the_disk_before_a_state_is(place: Workplace, monkeypatc
 def test_a_signal_in_the_last_step_is_no_success(place: Workplace, capfd: pytest.CaptureFixture[str]) -> None:
     """A script does not go on with what comes next; the run has ended, and its copy can be made."""
     place.entry = task_distill
+    flags = {"pred_distill": None, "data_url": place.folder / "copy"}  # with an evaluation it could still be stopped
     with signal_in_step(8, signal.SIGINT):
-        done = again(place, data_url=place.folder / "copy")
+        done = again(place, **flags)
     assert done.status == 128 + signal.SIGINT
     assert done.err == (
         "task_distill.py: stopped by SIGINT when the run had ended; "
@@ -232,5 +233,5 @@ def test_a_signal_in_the_last_step_is_no_success(place: Workplace, capfd: pytest
     )
     assert capfd.readouterr().out == "stopping after this step; once more ends at once\n"
     assert states(place) == []
-    assert again(place, resume=True, data_url=place.folder / "copy").status == 0
+    assert again(place, **flags, resume=True).status == 0
     assert (place.folder / "copy" / "pytorch_model.bin").is_file()

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from cases import Workplace
-from stopped_runs import attempt, dropout_place, outcome, signal_in_step
+from stopped_runs import attempt, dropout_place, outcome, signal_in_evaluation, signal_in_step
 from test_apex import APEX, forget_apex
 
 from distillation.journal import Journal, take_back
@@ -88,6 +88,26 @@ def test_a_resumed_run_ends_as_one_that_was_left_alone(place: Workplace, setting
     finally:
         torch.use_deterministic_algorithms(False)
     assert stopped == alone
+
+
+@pytest.mark.parametrize("setting", ["prediction", "fine-tuning"])
+def test_an_evaluation_is_broken_off_and_made_by_the_run_that_goes_on(place: Workplace, setting: str) -> None:
+    """On a large dev set it takes minutes. The first one twice, and the last one, after which no step is left."""
+    flags = {**COMMON, **SETTINGS[setting], "cache_dir": place.folder / "cache", "eval_batch_size": 2}
+    alone, stopped = (
+        {"output_dir": place.folder / f"{setting} {kind}", "fps_acc_dir": place.folder / f"{setting} {kind} logs"}
+        for kind in ("evaluated", "broken off")
+    )
+    assert attempt(place, **flags, **alone).status == 0
+    for number, (evaluation, batch, step, made) in enumerate([(1, 2, 3, []), (1, 1, 3, []), (3, 3, 8, [4, 4])]):
+        with signal_in_evaluation(evaluation, batch) as batches:
+            ended = attempt(place, **flags, **stopped, resume=number > 0)
+        assert ended.status == 128 + signal.SIGTERM
+        assert f"stopped by SIGTERM after step {step} of 8; the same command with --resume goes on" in ended.err
+        assert batches == [*made, batch]
+    resumed = attempt(place, **flags, **stopped, resume=True)
+    assert resumed.status == 0, resumed.err
+    assert outcome(*stopped.values()) == outcome(*alone.values())
 
 
 @pytest.mark.parametrize("level", ["O1", "O2"])

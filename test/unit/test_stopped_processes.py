@@ -20,7 +20,7 @@ from stopped_runs import dropout_place, outcome
 HERE = Path(__file__).parent
 COMMON = {
     **{"padding": "longest", "train_batch_size": 5, "num_train_epochs": 4, "learning_rate": 1e-3, "eval_step": 3},
-    **{"save_steps": 2, "group_by_length": True},
+    **{"save_steps": 2, "group_by_length": True, "eval_batch_size": 1},
 }
 SETTINGS: dict[str, dict[str, Any]] = {
     "intermediate, amp": {"amp": True, "amp_dtype": "bf16"},
@@ -29,16 +29,23 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def runs_of(place: Workplace, name: str, last: int) -> list[dict[str, Any]]:
-    """One that is left alone; one that is stopped twice, by a signal to the last process and by one to the first."""
+    """One that is left alone; one that is stopped, by a signal to the last process and by one to the first.
+
+    And, of a stage that is evaluated, once more by one to the last, in the evaluation after step 6.
+    """
     flags = {**COMMON, "cache_dir": place.folder / "cache", **SETTINGS[name]}
     alone, stopped = (
         {"output_dir": place.folder / f"{name} {kind}", "fps_acc_dir": place.folder / f"{name} {kind} logs"}
         for kind in ("alone", "stopped")
     )
+    in_evaluations = []
+    if "pred_distill" in flags:
+        in_evaluations = [{"flags": place.flags(**flags, **stopped, resume=True), "rank": last, "evaluation": 1}]
     return [
         {"flags": place.flags(**flags, **alone)},
         {"flags": place.flags(**flags, **stopped), "rank": last, "step": 3},
         {"flags": place.flags(**flags, **stopped, resume=True), "rank": 0, "step": 1},
+        *in_evaluations,
         {"flags": place.flags(**flags, **stopped, resume=True)},
     ]
 
@@ -63,7 +70,8 @@ def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     told = [json.loads(Path(f"{file}.{rank}").read_text(encoding="utf-8")) for rank in range(count)]
     assert told == [told[0]] * count
     words = "stopped by SIGTERM after step {} of 8; the same command with --resume goes on from there"
-    assert told[0] == ["", words.format(3), words.format(4), ""] * len(names)
+    steps = {name: (3, 4, 6) if "prediction" in name else (3, 4) for name in names}
+    assert told[0] == [line for name in names for line in ("", *map(words.format, steps[name]), "")]
     return place
 
 
