@@ -261,6 +261,7 @@ def _teach(
 
     def save(so_far: Outcome) -> None:
         if process.is_main:
+            folder.check_is_own()
             weights = precision.weights(learner.model)
             save_model(options.output_dir, learner.model.config, weights, learner.tokenizer)
             folder.write_run(step=so_far.steps, best=best_of(so_far, options.task))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from transformer.errors import UserError
@@ -65,10 +65,11 @@ class Journal:
     Args:
         path: where they are noted.
         save: the number of that saving; 0 is the beginning.
+        check: raises an error where the journal's folder is no longer this run's.
     """
 
-    def __init__(self, path: Path, save: int = 0) -> None:
-        self.path, self._save = path, save
+    def __init__(self, path: Path, save: int = 0, check: Callable[[], None] = lambda: None) -> None:
+        self.path, self._save, self._check = path, save, check
 
     def begin(self, save: int) -> None:
         """Forgets them: the state of that number is on the disk."""
@@ -81,6 +82,7 @@ class Journal:
         Raises:
             UserError: the journal cannot be written.
         """
+        self._check()
         self._write("a", json.dumps({"save": self._save, "file": str(file.absolute()), "text": text}) + "\n")
 
     def _write(self, mode: str, content: str) -> None:

@@ -269,7 +269,7 @@ class RunFolder:
         self.run = {"id": record["id"], **record["run"]}
         self._logs = {**record["logs"], **sizes_of({str(path): 0 for path in logs})}
         self._write(_RECORD_NAME, lambda file: file.write(json.dumps(record, indent=2).encode() + b"\n"))
-        self.journal = Journal(self.folder / _JOURNAL_NAME, self._save)
+        self.journal = Journal(self.folder / _JOURNAL_NAME, self._save, self.check_is_own)
         self.journal.begin(self._save)
         return words
 
@@ -307,6 +307,7 @@ class RunFolder:
         with self.process.together():
             if self.process.is_main:
                 assert self.journal is not None  # the run has begun
+                self.check_is_own()
                 sync({*map(Path, self._logs), *self.journal.noted()})  # a state tells of no line that could still go
                 content = {
                     **state,
@@ -321,12 +322,30 @@ class RunFolder:
                 self.journal.begin(self._save)
         self._saved_at = time.monotonic()
 
+    def check_is_own(self) -> None:
+        """Checks, of the main process, that the folder is still the one that this run has locked.
+
+        Raises:
+            UserError: it was removed or moved; another run may be at work by now in one of its name.
+        """
+        if not self._is_own():
+            raise UserError(f"{self.folder}: was removed or moved while the run wrote there; the run ends")
+
+    def _is_own(self) -> bool:
+        if self._lock is None:  # it cannot be known
+            return True
+        try:
+            return os.path.samestat(os.fstat(self._lock), os.stat(self.folder))
+        except FileNotFoundError:
+            return False
+
     def write_run(self, **also: Any) -> None:
         """Writes run.json beside the model; of the main process.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: it cannot be written, or the folder is no longer this run's.
         """
+        self.check_is_own()
         self._has_made = True
         self.run |= also
         write_run(self.folder, self.run)
@@ -351,7 +370,7 @@ class RunFolder:
 
     def forget_unless_saved(self) -> None:
         """Of a run that failed before it saved a state or a model nothing is kept."""
-        if self.run and not self._has_made:
+        if self.run and not self._has_made and self._is_own():
             self.remove()
 
     def close(self) -> None:

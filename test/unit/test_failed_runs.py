@@ -183,6 +183,34 @@ def test_a_folder_that_changes_before_it_is_locked_is_told(stopped: Workplace, m
     assert states(stopped) == []
 
 
+@pytest.mark.parametrize("step", [1, 4], ids=["before the first saving", "after it"])
+@pytest.mark.parametrize("becomes", ["gone", "empty", "another run's"])
+def test_a_run_whose_folder_is_taken_away_ends_and_writes_nothing_there(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch, becomes: str, step: int
+) -> None:
+    """A user removes it, and begins anew, while the run before is still at work."""
+    learn, steps = Trainer._learn, []
+
+    def and_take_away(self: Trainer, *given: Any) -> Any:
+        steps.append(None)
+        if len(steps) == step:
+            place.model.rename(place.folder / "away")
+            if becomes != "gone":
+                place.model.mkdir()
+            if becomes == "another run's":
+                for path in (place.folder / "away").iterdir():
+                    (place.model / path.name).write_bytes(b"its own")
+        return learn(self, *given)
+
+    monkeypatch.setattr(Trainer, "_learn", and_take_away)
+    ended = again(place)
+    assert ended.status == 2
+    assert ended.err == f"main.py: error: {place.model}: was removed or moved while the run wrote there; the run ends\n"
+    there = {path.name: path.read_bytes() for path in place.model.iterdir()} if place.model.exists() else {}
+    assert set(there.values()) <= {b"its own"}
+    assert ("training_state.json" in there) is (becomes == "another run's")
+
+
 def test_a_state_with_a_changed_bit_is_told(stopped: Workplace) -> None:
     """torch itself reads it: the weights of a stopped run would be others, without a word."""
     state = stopped.model / "training_state.bin"
