@@ -180,6 +180,8 @@ def check_places(options: Options, process: Process, found: Found | None = None)
     hint = ""
     if options.resume:
         hint = "; it holds no run that was stopped, for --resume to go on with"
+        if found.damaged is not None:
+            hint = f"; --resume cannot go on with the run that was stopped there, since {found.damaged} is damaged"
     elif found.record is not None:
         hint = "; --resume (with the scripts: RESUME=1) goes on with the run that was stopped there"
     check_output_dir(options.output_dir, may_write, sources, hint)

@@ -74,7 +74,13 @@ class Journal:
     def begin(self, save: int) -> None:
         """Forgets them: the state of that number is on the disk."""
         self._save = save
-        self._write("w", "")
+        self._write("w", json.dumps({"save": save}) + "\n")
+
+    def saves(self) -> int:
+        """How many savings there were, by what `begin` has noted; 0 where that is not known."""
+        with contextlib.suppress(OSError, ValueError, KeyError, IndexError, TypeError):
+            return int(json.loads(self.path.read_text(encoding="utf-8").splitlines()[0])["save"])
+        return 0
 
     def note(self, file: Path, text: str) -> None:
         """Notes lines that are about to be written.

@@ -73,6 +73,7 @@ class Found:
 
     record: what the run wrote when it began; None where there is no stopped run.
     finished: the run.json of a run that has ended; None where there is none.
+    damaged: the record of a stopped run, where there is one that cannot be read.
     is_empty: whether it holds nothing but what a kill has left of files that never were, or of a run before its
         first saving.
     """
@@ -80,6 +81,7 @@ class Found:
     folder: Path
     record: dict[str, Any] | None
     finished: dict[str, Any] | None
+    damaged: Path | None
     is_empty: bool
 
     @classmethod
@@ -95,6 +97,7 @@ class Found:
             ended = None
         if record is not None and not _is_record(record):
             record = None
+        is_damaged = record is None and (folder / _RECORD_NAME).exists()
         if record is not None and ended is not None and ended.get("id") == record["id"]:
             record = None  # it was killed when all was done
         elif record is not None:
@@ -104,7 +107,7 @@ class Found:
             is_empty = not folder.is_dir() or all(path in left for path in folder.iterdir())
         except OSError as error:
             raise UserError(f"{folder}: --output_dir cannot be looked into ({error.strerror})") from None
-        return cls(folder, record, ended, is_empty)
+        return cls(folder, record, ended, folder / _RECORD_NAME if is_damaged else None, is_empty)
 
     @property
     def has_run(self) -> bool:
@@ -281,6 +284,8 @@ class RunFolder:
                 _check_has_model(self.folder)
             self._save, logs = self.state["save"], self.state["logs"]
             words = [f"{self.folder}: going on after step {self.state['step']}"]
+        elif Journal(self.folder / _JOURNAL_NAME).saves():
+            raise UserError(f"{path}: what the run there had saved is gone{_ANEW}")
         else:
             words = [f"{self.folder}: the run there was stopped before its first saving, and begins again"]
         mixed = take_back(Journal(self.folder / _JOURNAL_NAME, self._save), logs)

@@ -211,6 +211,32 @@ def test_a_run_whose_folder_is_taken_away_ends_and_writes_nothing_there(
     assert ("training_state.json" in there) is (becomes == "another run's")
 
 
+def test_a_state_that_is_gone_is_told(stopped: Workplace) -> None:
+    """The run does not begin again as if it had never been, with hours of work and every line of the logs twice."""
+    (stopped.model / "training_state.bin").rename(stopped.folder / "state")
+    log = (stopped.output / "metrics.jsonl").read_bytes()
+    refused = again(stopped, resume=True)
+    assert refused.status == 2
+    assert refused.err == (
+        f"main.py: error: {stopped.model}/training_state.bin: what the run there had saved is gone; "
+        "--overwrite_output_dir without --resume begins anew\n"
+    )
+    assert (stopped.output / "metrics.jsonl").read_bytes() == log
+    (stopped.folder / "state").rename(stopped.model / "training_state.bin")
+    assert again(stopped, resume=True).status == 0
+    assert [event["step"] for event in stopped.events("train")] == list(range(1, 9))
+
+
+@pytest.mark.parametrize("content", [b"", b'{"id": "0', b"[]", b'{"id": 3, "run": {}, "logs": {}}'])
+def test_a_record_that_is_damaged_is_told(stopped: Workplace, content: bytes) -> None:
+    record = stopped.model / "training_state.json"
+    record.write_bytes(content)
+    refused = again(stopped, resume=True)
+    assert refused.status == 2
+    told = f"; --resume cannot go on with the run that was stopped there, since {record} is damaged\n"
+    assert refused.err.endswith(told)
+
+
 def test_a_state_with_a_changed_bit_is_told(stopped: Workplace) -> None:
     """torch itself reads it: the weights of a stopped run would be others, without a word."""
     state = stopped.model / "training_state.bin"
