@@ -34,9 +34,10 @@ from distillation.models import (
 from distillation.options import Options, Stage
 from distillation.precision import Precision
 from distillation.results import check_copy, check_results, copy_outputs, results_files, write_results
-from distillation.resume import Found, RunFolder, compared, digest_of_states
+from distillation.resume import Found, RunFolder
 from distillation.run_messages import say_outcome, say_settings
 from distillation.run_record import best_of, describe
+from distillation.run_settings import compared, digest_of_states
 from distillation.signals import Signals, Stopped
 from distillation.stages import FineTuning, IntermediateStage, PredictionStage, TrainingStage, freeze_unused
 from distillation.teacher import Teacher, ask_once, keep_states, weights_digest

@@ -12,29 +12,23 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import secrets
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import distributed
 
-from data_processing.batching import Padding
-from data_processing.cache import digest
-from data_processing.features import Features
-from data_processing.tasks import Task
 from distillation.device import Process
 from distillation.journal import Journal, sizes_of, sync, take_back
 from distillation.run_record import RUN_NAME, now, read_object, write_run
+from distillation.run_settings import changes, differences
 from distillation.signals import Signals
 from distillation.state_file import read_checked, write_checked
-from distillation.teacher_states import KeptStates
 from distillation.training_state import State
 from transformer.errors import UserError
 from transformer.saving import (
@@ -56,15 +50,8 @@ _ANEW = "; --overwrite_output_dir without --resume begins anew"
 _ANEW_SCRIPTS = "; --overwrite_output_dir without --resume (with the scripts: without RESUME=1) begins anew"
 _FORM = 2  # raised when the state changes its meaning
 _SECONDS_BETWEEN_SAVES = 60.0
-_EXAMPLES_IN_A_SAMPLE = 64
 # Processes on accelerators agree no more often than this: to do so each waits for its device.
 _STEPS_BETWEEN_AGREEMENTS = 20
-# Flags that do not change the weights, and those whose content is compared in their place.
-_FREE = {
-    *("data_dir", "teacher_model", "student_model", "output_dir", "fps_acc_dir", "cache", "data_url", "do_lower_case"),
-    *("workers", "device", "device_list", "addr", "port", "output_txt_step", "predict_file", "overwrite_output_dir"),
-    *("resume", "save_steps", "addresses", "downloads", "fetched_from"),
-}
 
 
 @dataclass(frozen=True)
@@ -126,12 +113,7 @@ class Found:
         known = self.record["run"] if self.record else self.finished
         if known is None:
             return
-        before, now = _settings(known), _settings(json.loads(json.dumps(run)))
-        changed = [
-            _change(name, before.get(name), now.get(name))
-            for name in {**before, **now}
-            if before.get(name) != now.get(name)
-        ]
+        changed = changes(known, json.loads(json.dumps(run)))
         if changed:
             raise UserError(
                 f"{self.folder}: --resume goes on with the settings that the run there began with: "
@@ -148,14 +130,6 @@ def _check_has_model(folder: Path) -> None:
         raise UserError(f"{folder}: the model of the run there is gone{_ANEW}")
 
 
-def digest_of_states(kept: KeptStates, features: Features, padding: Padding) -> str:
-    """A digest of what is kept of some examples all over the training set: all of it may be many gigabytes."""
-    examples = np.unique(np.linspace(0, len(features) - 1, _EXAMPLES_IN_A_SAMPLE).astype(np.int64))
-    batch = kept.fetch(replace(padding, to_maximum=False).collate(features, examples))
-    parts = {"states": batch.teacher_states, "scores": batch.teacher_scores}
-    return digest(**{name: part.view(torch.uint8).numpy() for name, part in parts.items() if part is not None})
-
-
 def _is_record(record: Mapping[str, Any]) -> bool:
     return _is_run(record.get("run")) and isinstance(record.get("logs"), dict) and isinstance(record.get("id"), str)
 
@@ -164,56 +138,8 @@ def _is_run(run: Any) -> bool:
     return isinstance(run, dict) and all(isinstance(run.get(name), dict) for name in ("flags", "compared"))
 
 
-def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """What may change the weights' last bits, though no setting has."""
-    changed = [
-        f"{name} was {known}, is {after.get(part, {}).get(name)}"
-        for part in ("versions", "machine")
-        for name, known in before.get(part, {}).items()
-        if after.get(part, {}).get(name) != known
-    ]
-    if before.get("revision") != after.get("revision"):
-        changed.append(f"this project's revision was {before.get('revision')}, is {after.get('revision')}")
-    return [f"the weights may differ in their last bits: {', '.join(changed)}"] if changed else []
-
-
-def _change(name: str, before: Any, now: Any) -> str:
-    if any(isinstance(value, str) and re.fullmatch("[0-9a-f]{32}", value) for value in (before, now)):  # a digest
-        return f"{name} has changed"
-    return f"{name} was {_shown(before)}, is {_shown(now)}"
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "not set"
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    if isinstance(value, list):
-        return ",".join(map(str, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
 def _leftovers(folder: Path) -> list[Path]:
     return leftovers(folder, (*MODEL_FILES, MANIFEST_NAME, RUN_NAME, _RECORD_NAME, _STATE_NAME))
-
-
-def compared(process: Process, precision: str, task: Task, digests: Mapping[str, str]) -> dict[str, Any]:
-    """What changes a run's weights beside its flags, by the names that a message gives it.
-
-    Args:
-        precision: the name of the one that is used, which the device has chosen too.
-        task: its name alone is a flag; a file may say something else of it now.
-        digests: of the data and the models, by what they are.
-    """
-    device = {"the device": process.device.type, "the number of processes": process.world_size}
-    metric = {"the metric that chooses": task.metric.chosen_by}
-    row = {name: value for name, value in vars(task).items() if name != "metric"}
-    return {**device, "the precision": precision, **metric, "the task's description": digest(**row), **digests}
-
-
-def _settings(run: Mapping[str, Any]) -> dict[str, Any]:
-    flags = {f"--{name}": value for name, value in run["flags"].items() if name not in _FREE}
-    return {"the stage": run.get("stage"), **flags, **run["compared"]}
 
 
 @dataclass
@@ -263,7 +189,7 @@ class RunFolder:
         if goes_on and found.record is not None:
             record = found.record
             self._has_made = not found.is_empty
-            words = self._take_up(record) + _differences(record["run"], run)
+            words = self._take_up(record) + differences(record["run"], run)
             record["run"]["resumed"] = [*record["run"].get("resumed", []), now()]
         else:
             self.remove()
@@ -341,8 +267,10 @@ class RunFolder:
             return True
         try:
             return os.path.samestat(os.fstat(self._lock), os.stat(self.folder))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
+        except OSError:  # what is written next tells of it
+            return True
 
     def write_run(self, **also: Any) -> None:
         """Writes run.json beside the model; of the main process.
