@@ -138,9 +138,9 @@ class Trainer:
             t_total=schedule.stage_steps(plan.steps_per_epoch),
             schedule=stage.schedule,
         )
-        # Of few rows, where no processes exchange it and no device is waited for to learn how many they are.
-        alone = process.world_size == 1 and process.device.type == "cpu"
-        model.bert.embeddings.word_embeddings.sparse = alone and precision.takes_sparse_gradients
+        # Of few rows, which are all that processes then exchange; an accelerator would be waited for to count them.
+        on_cpu = process.device.type == "cpu"
+        model.bert.embeddings.word_embeddings.sparse = on_cpu and precision.takes_sparse_gradients
         self.bare_model, self.model = model, self._distributed(precision.prepare(model, self.optimizer))
         self.outcome = Outcome()
         self.metric: float | None = None  # of the latest evaluation

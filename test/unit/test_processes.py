@@ -93,6 +93,7 @@ def test_processes_make_the_steps_of_one(outcomes: dict[tuple[Any, ...], Any], c
     assert weights.keys() == expected.keys()
     for key in expected:
         torch.testing.assert_close(weights[key], expected[key], atol=1e-6, rtol=0)
+    assert [g.is_sparse for g in gradients].count(True) == 1, "of the word embeddings rows alone are exchanged"
     largest = max(float(g.norm()) for g in expected_gradients)
     for ours, theirs in zip(gradients, expected_gradients, strict=True):
         # A key's bias adds the same to all scores of a row, so logits do not depend on it: in the prediction
