@@ -294,13 +294,14 @@ def _move(
     if group["max_grad_norm"] > 0:
         # torch's clip_grad_norm_ of a single tensor: the 1e-6 is part of the known figures.
         divisors *= ((norms / grad_scale + 1e-6) / group["max_grad_norm"]).clamp(min=1.0)
-    divided = list(zip(parts, divisors.unbind(), strict=True))
-    fused = [(part, divisor) for part, divisor in divided if _can_fuse(part)]
+    fused: list[tuple[_Part, Tensor]] = []
+    for part, divisor in zip(parts, divisors.unbind(), strict=True):
+        if _can_fuse(part):
+            fused.append((part, divisor))
+        else:
+            _move_plainly(part, divisor, rate, group, skip)
     if fused:
         _move_fused(fused, rate, group, skip)
-    for part, divisor in divided:
-        if not _can_fuse(part):
-            _move_plainly(part, divisor, rate, group, skip)
     for part in parts:
         if part.rows is not None:
             part.rows.clear()
@@ -327,9 +328,8 @@ def _move_plainly(part: _Part, divisor: Tensor, rate: float, group: Mapping[str,
 
 def _can_fuse(part: _Part) -> bool:
     """Whether torch's fused AdamW takes these: fp32, in one piece, on a CPU or a GPU."""
-    return all(
-        tensor.dtype == torch.float32 and tensor.device.type in ("cpu", "cuda") and tensor.is_contiguous()
-        for tensor in part[:4]
+    return part.weights.device.type in ("cpu", "cuda") and all(
+        tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in part[:4]
     )
 
 
@@ -343,10 +343,10 @@ def _move_fused(
 ) -> None:
     """A step of all of them in a single pass: torch's AdamW at a step so late that it corrects no bias."""
     device = divided[0][0].weights.device
-    if _sees_values(device):
-        clipped = [(part, divisor) for part, divisor in divided if float(divisor) != 1.0]
-    else:
-        clipped = list(divided)
+    clipped = list(divided)
+    if _sees_values(device):  # most need no clipping, and all are looked at at once
+        values = torch.stack([divisor for _, divisor in divided]).tolist()
+        clipped = [pair for pair, value in zip(divided, values, strict=True) if value != 1.0]
     if clipped:
         torch._foreach_div_([part.gradient for part, _ in clipped], [divisor for _, divisor in clipped])
     late = torch.full((), _LATE, device=device)
