@@ -86,10 +86,10 @@ def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is wrong with a file is told by the error
             check_pickled(path)
-            outline = torch.load(path, map_location="meta", weights_only=True)  # without values
+            outline = _bare(torch.load(path, map_location="meta", weights_only=True))  # without values
             if isinstance(outline, Mapping):
-                check_tensors({key: _bare(value) for key, value in outline.items()}, path.stat().st_size)
-            weights = torch.load(path, map_location="cpu", weights_only=True)
+                check_tensors(outline, path.stat().st_size)
+            weights = _bare(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # a broken pickle can raise any
         otherwise = ""
         if isinstance(error, OtherObjects):
@@ -100,11 +100,13 @@ def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
         ) from None
     if not isinstance(weights, Mapping) or not all(isinstance(t, torch.Tensor) for t in weights.values()):
         raise UserError(f"{path}: holds no dictionary of tensors{_inner_dictionary(weights)}")
-    return {str(key): _bare(tensor) for key, tensor in weights.items()}
+    return {str(key): tensor for key, tensor in weights.items()}
 
 
 def _bare(value: Any) -> Any:
-    """A tensor without the attributes that a file may have given a parameter: they could hide its methods."""
+    """What was pickled, without attributes that a file may give parameters and dictionaries: they hide methods."""
+    if isinstance(value, dict):
+        return {key: _bare(part) for key, part in dict.items(value)}
     return torch.Tensor.detach(value) if isinstance(value, torch.Tensor) else value
 
 

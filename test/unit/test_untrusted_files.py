@@ -169,6 +169,24 @@ def test_a_parameter_with_attributes_is_read_as_a_tensor(folder, form):
     assert torch.equal(loaded.model.classifier.weight, WEIGHTS["classifier.weight"])
 
 
+@pytest.mark.parametrize("hidden", ["values", "items", "keys"])
+def test_a_dictionarys_attribute_cannot_take_a_methods_place(folder, hidden):
+    """So no object that is no tensor passes for one, and nothing ends in a traceback."""
+
+    class Hiding:
+        def __init__(self, content: dict[str, object]) -> None:
+            self._content = content
+
+        def __reduce__(self) -> tuple[object, ...]:
+            return collections.OrderedDict, (), {hidden: collections.OrderedDict}, None, iter(self._content.items())
+
+    torch.save(Hiding(WEIGHTS), folder / "pytorch_model.bin")
+    assert_same_weights(read_weights(folder), WEIGHTS)
+    for foreign in (5, [1], Hiding({"classifier.weight": torch.ones(2)})):
+        torch.save(Hiding({**WEIGHTS, "foreign": foreign}), folder / "pytorch_model.bin")
+        assert "holds no dictionary of tensors" in refusal(folder)
+
+
 @pytest.mark.parametrize(
     ("size", "stride", "stored"),
     [
