@@ -108,8 +108,11 @@ def _train(options: Options, process: Process, signals: Signals) -> None:
         folder.share()
         with log:
             _teach(options, process, parts, log, precision, folder)
+    except UserError:
+        folder.forget_unless_saved(and_lines=False)  # they may show what went wrong
+        raise
     except (Exception, Stopped):
-        folder.forget_unless_saved()
+        folder.forget_unless_saved(and_lines=True)
         raise
     finally:
         folder.close()

@@ -15,6 +15,7 @@ import os
 import secrets
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -301,9 +302,16 @@ class RunFolder:
             for name in (_STATE_NAME, _JOURNAL_NAME, _RECORD_NAME):
                 (self.folder / name).unlink(missing_ok=True)
 
-    def forget_unless_saved(self) -> None:
-        """Of a run that failed before it saved a state or a model nothing is kept."""
+    def forget_unless_saved(self, and_lines: bool) -> None:
+        """Of a run that ended before it saved a state or a model nothing is kept.
+
+        Args:
+            and_lines: whether what it wrote into the logs goes too, which the same command would write there again.
+        """
         if self.run and not self._has_made and self._is_own():
+            if and_lines and self.journal is not None:
+                with suppress(UserError):  # the error that ended the run is to be told
+                    take_back(self.journal, self._logs)
             self.remove()
 
     def close(self) -> None:

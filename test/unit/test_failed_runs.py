@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from stopped_runs import attempt, dropout_place, signal_in_step
 
 import task_distill
 from distillation import jobs
+from distillation.signals import Stopped
 from distillation.trainer import Trainer
+from transformer.errors import UserError
 
 FLAGS = {
     **{"padding": "longest", "train_batch_size": 5, "num_train_epochs": 4, "eval_step": 3, "pred_distill": True},
@@ -58,10 +61,40 @@ class TestBeforeTheFirstSaving:
         assert states(place) == []
         assert again(place, resume=True, seed=3).status == 0
 
+    @pytest.mark.parametrize(
+        "fault", [RuntimeError("a lost peer"), Stopped(signal.SIGTERM), UserError("a mistake")], ids=repr
+    )
+    def test_no_line_of_the_logs_is_there_twice(
+        self, place: Workplace, monkeypatch: pytest.MonkeyPatch, fault: BaseException
+    ) -> None:
+        """But for those before a user's mistake, which may show what went wrong."""
+        learn = Trainer._learn
+
+        def fail_in_the_second(self: Trainer, *given: Any) -> Any:
+            if self.outcome.steps == 1:
+                raise fault
+            return learn(self, *given)
+
+        place.output.mkdir()
+        log = place.output / "metrics.jsonl"
+        log.write_text('{"event": "of another run"}\n', encoding="utf-8")
+        with monkeypatch.context() as patched:
+            patched.setattr(Trainer, "_learn", fail_in_the_second)
+            with pytest.raises(RuntimeError) if isinstance(fault, RuntimeError) else nullcontext():
+                assert again(place, output_txt_step=1).status != 0
+        assert states(place) == []
+        before = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+        assert before[0] == {"event": "of another run"}
+        assert ([line["step"] for line in before if line["event"] == "train"] == [1]) is isinstance(fault, UserError)
+        assert len(before) == 1 or isinstance(fault, UserError)
+        assert again(place, output_txt_step=1, resume=True).status == 0
+        steps = [event["step"] for event in place.events("train")]
+        assert steps == [*([1] if isinstance(fault, UserError) else []), *range(1, 9)]
+
     def test_what_a_kill_has_left_counts_as_nothing(self, place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
         with monkeypatch.context() as patched:
             patched.setattr(jobs, "say_settings", lambda *_: os.kill(os.getpid(), signal.SIGINT))
-            patched.setattr("distillation.resume.RunFolder.forget_unless_saved", lambda self: None)
+            patched.setattr("distillation.resume.RunFolder.forget_unless_saved", lambda self, and_lines: None)
             assert again(place).status == 128 + signal.SIGINT
         assert states(place) == ["training_state.json", "training_state.log"]
         assert again(place, seed=3).status == 0
