@@ -65,7 +65,7 @@ from data_processing.tasks import find_task
 from distillation.device import choose_device, open_device
 from distillation.flags import build_parser as build_main_parser
 from distillation.launch import run_entry
-from distillation.precision import cpu_has_bf16
+from distillation.precision import choose_precision
 from transformer.configuration import BertConfig
 from transformer.errors import UserError
 from transformer.tokenization import BertTokenizer
@@ -214,9 +214,9 @@ def measure(row: Row, work: Path, flags: argparse.Namespace) -> Figures:
     mine = row.tree == ROOT
     device = open_device(choose_device(flags.device), 0)
     on_cpu = device.type == "cpu"
-    limits = [_limit(row, device)]
+    limits = [_limit(row, device, flags.device_list)]
     done, examples = _run(row, steps, work, flags, timed=mine and on_cpu)
-    limits.append(_limit(row, device))
+    limits.append(_limit(row, device, flags.device_list))
     epoch_steps = -(-examples // row.batch)
     fps, first = speeds(done.events, examples, row.epochs, epoch_steps, row.remembers)
     times = done.times
@@ -233,11 +233,16 @@ def measure(row: Row, work: Path, flags: argparse.Namespace) -> Figures:
     return Figures(fps, fps * float(lengths.mean()), first, parts, fps * operations, statistics.mean(limits))
 
 
-def _limit(row: Row, device: torch.device) -> float:
-    half = "--amp" in row.flags and (device.type != "cpu" or cpu_has_bf16())
+def _limit(row: Row, device: torch.device, device_list: str) -> float:
+    """The rate of products of large matrices in the row's precision, on all of its devices or threads."""
+    kind = choose_precision(device, "--amp" in row.flags, "O1", 1.0).name.partition("-")[0]
+    dtype = {"bfloat16": torch.bfloat16, "fp32": torch.float32}.get(kind, torch.float16)  # apex's is fp16
+    devices = row.processes or len(device_list.split(","))
+    if device.type != "cpu":
+        return devices * matrix_rate(device, dtype)
     before = torch.get_num_threads()
     torch.set_num_threads(row.processes or before)
-    rate = matrix_rate(device, torch.bfloat16 if half else torch.float32)
+    rate = matrix_rate(device, dtype)
     torch.set_num_threads(before)
     return rate
 

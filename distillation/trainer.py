@@ -97,6 +97,15 @@ class Keeper(Protocol):
         ...
 
 
+def _meets_few(plan: TrainingPlan, words: int) -> bool:
+    """Whether a step's tokens are so few that processes exchange the rows of the words they meet, not those of all.
+
+    Each then gets the others' rows one by one, which measured at half as many distinct rows as there are words takes as
+    long as the sum of all; in text as many tokens have about half as many distinct ones.
+    """
+    return plan.world_size == 1 or plan.batch_size * float(plan.lengths.mean()) < words
+
+
 class Trainer:
     """Trains a model on a plan of batches.
 
@@ -138,9 +147,11 @@ class Trainer:
             t_total=schedule.stage_steps(plan.steps_per_epoch),
             schedule=stage.schedule,
         )
-        # Of few rows, which are all that processes then exchange; an accelerator would be waited for to count them.
-        on_cpu = process.device.type == "cpu"
-        model.bert.embeddings.word_embeddings.sparse = on_cpu and precision.takes_sparse_gradients
+        words = model.bert.embeddings.word_embeddings
+        # An accelerator would be waited for to count the rows.
+        words.sparse = (
+            process.device.type == "cpu" and precision.takes_sparse_gradients and _meets_few(plan, len(words.weight))
+        )
         self.bare_model, self.model = model, self._distributed(precision.prepare(model, self.optimizer))
         self.outcome = Outcome()
         self.metric: float | None = None  # of the latest evaluation

@@ -1,13 +1,16 @@
 """BertAdam with the sparse gradient of an embedding: the same steps as with the dense one."""
 
 import copy
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from cases import Workplace, assert_close, next_run, read_bin
 from torch import nn
 
-from distillation.trainer import Trainer
+from data_processing.batching import Padding, TrainingPlan
+from distillation.trainer import Trainer, _meets_few
 from transformer import optimization
 from transformer.optimization import BertAdam
 
@@ -97,3 +100,10 @@ def test_a_single_process_on_a_cpu_has_one_and_learns_the_same(sst2: Workplace, 
     weights, expected = read_bin(sst2.model), read_bin(other.model)
     for name, tensor in expected.items():
         assert_close(weights[name], tensor, atol=1e-6)
+
+
+def test_processes_exchange_rows_only_where_a_step_meets_few():
+    plan = TrainingPlan(np.array([10, 30]), batch_size=50, padding=Padding(False, 64), seed=0, world_size=2)
+    assert _meets_few(plan, 1001)
+    assert not _meets_few(plan, 1000)
+    assert _meets_few(replace(plan, world_size=1), 10), "one process exchanges nothing"
