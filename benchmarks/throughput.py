@@ -237,9 +237,8 @@ def _limit(row: Row, device: torch.device, device_list: str) -> float:
     """The rate of products of large matrices in the row's precision, on all of its devices or threads."""
     kind = choose_precision(device, "--amp" in row.flags, "O1", 1.0).name.partition("-")[0]
     dtype = {"bfloat16": torch.bfloat16, "fp32": torch.float32}.get(kind, torch.float16)  # apex's is fp16
-    devices = row.processes or len(device_list.split(","))
     if device.type != "cpu":
-        return devices * matrix_rate(device, dtype)
+        return (row.processes or len(device_list.split(","))) * matrix_rate(device, dtype)
     before = torch.get_num_threads()
     torch.set_num_threads(row.processes or before)
     rate = matrix_rate(device, dtype)

@@ -100,8 +100,8 @@ class Keeper(Protocol):
 def _meets_few(plan: TrainingPlan, words: int) -> bool:
     """Whether a step's tokens are so few that processes exchange the rows of the words they meet, not those of all.
 
-    Each then gets the others' rows one by one, which measured at half as many distinct rows as there are words takes as
-    long as the sum of all; in text as many tokens have about half as many distinct ones.
+    Each then gets the others' rows beside its own, which pays while they are few beside all words. A step's tokens are
+    an upper bound of them: in text many repeat.
     """
     return plan.world_size == 1 or plan.batch_size * float(plan.lengths.mean()) < words
 
