@@ -180,7 +180,8 @@ def _read_for_prediction(options: Options, name: str) -> Examples:
 
 def padding_of(options: Options, loaded: LoadedModel) -> Padding:
     """How batches for this model are padded."""
-    return Padding(options.padding == "max_length", options.max_seq_length, loaded.tokenizer.pad_token_id)
+    maximum = options.padding == "max_length"
+    return Padding(maximum, options.max_seq_length, loaded.tokenizer.pad_token_id, few_lengths=options.amp)
 
 
 def precision_of(options: Options, process: Process) -> Precision:

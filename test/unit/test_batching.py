@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_processing.batching import Padding, Totals, TrainingPlan, prepared
+from data_processing.batching import Padding, Totals, TrainingPlan, next_of_few, prepared
 from data_processing.features import Features
 
 LENGTHS = np.array([3, 9, 4, 12, 2, 7, 5, 5, 11, 6, 2, 10, 8, 3, 4, 6, 9])
@@ -111,6 +111,28 @@ def test_collating_equals_a_plain_loop(features, padding, chosen):
             assert batch.attention_mask[row, k] == int(real)
             assert batch.token_type_ids[row, k] == int(real and k >= LENGTHS[i] // 3 + 1)
         assert batch.labels[row] == i % 3
+
+
+def test_few_lengths_are_an_eighth_more_at_most():
+    lengths = range(1, 513)
+    padded = [next_of_few(length) for length in lengths]
+    assert padded[:16] == list(range(1, 17))
+    assert all(length <= padded_length <= 1.125 * length for length, padded_length in zip(lengths, padded, strict=True))
+    assert padded == sorted(padded)
+    assert len(set(padded)) == 16 + 5 * 8  # to 16, 32, 64, 128, 256, 512
+
+
+@pytest.mark.parametrize(("longest", "width"), [(2, 2), (17, 18), (33, 36), (37, 37)])
+def test_a_batch_padded_to_one_of_few_lengths_has_no_more_than_the_maximum(longest, width):
+    lengths = np.array([1, longest])
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    tokens = np.arange(1, starts[-1] + 1, dtype=np.uint16)
+    texts = Features(tokens, starts, lengths, np.zeros(2, dtype=np.int64))
+    few, plain = (Padding(False, 37, 99, few_lengths=few).collate(texts, np.arange(2)) for few in (True, False))
+    assert few.input_ids.shape == (2, width)
+    for padded, unpadded, added in zip(few.inputs, plain.inputs, (99, 0, 0), strict=True):
+        assert torch.equal(padded[:, :longest], unpadded)
+        assert (padded[:, longest:] == added).all()
 
 
 @pytest.mark.parametrize("padding", [LONGEST, MAXIMUM], ids=["longest", "max_length"])
