@@ -6,6 +6,9 @@
     python benchmarks/throughput.py ... --processes 1,2            # how much faster several processes are
     python benchmarks/throughput.py ... --batches 32,128,512       # how the speed grows with the batch
 
+Beside processes, which exchange gradients, stand as many runs apart at the same time, which exchange nothing: what
+these are short of linear is the machine's own.
+
 Lengths come from real text, weights are random: BERT-base teaches TinyBERT4, batch 32, maximum length 64. Every
 row is a run of main.py with other flags, in a process of its own, on rows of the same train.tsv. The reference pads
 to 64, computes in fp32, in random order, and asks the teacher in every step; with --reference_revision it is
@@ -31,6 +34,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,8 +46,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main as product
 from benchmarks.common import (
-    ASK,
-    REFERENCE,
     ROOT,
     STAGES,
     Finished,
@@ -58,6 +60,7 @@ from benchmarks.common import (
     threads,
 )
 from benchmarks.operations import matrix_rate, step_operations
+from benchmarks.throughput_rows import KEEP, Row, rows, rows_of_batches, rows_of_lengths, rows_of_processes
 from benchmarks.timed_run import STEP_PARTS, shares
 from data_processing.cache import Cache
 from data_processing.features import load_features
@@ -70,100 +73,7 @@ from transformer.configuration import BertConfig
 from transformer.errors import UserError
 from transformer.tokenization import BertTokenizer
 
-GROUPED = ("--padding", "longest")
-LONGEST = (*GROUPED, "--no-group_by_length")
-FAST = (*GROUPED, "--amp")
-KEEP = ("--keep_teacher_states",)
-BATCH = 32
 Line = dict[str, float]
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of the table: a run of main.py.
-
-    tree: whose main.py. slow: whether it has few steps. epochs: passes over the rows; with more than one the
-    teacher may be remembered, and what a kernel costs at a batch's first shape is over. length: of all texts, in
-    tokens; 0 is their own. processes: of one thread each; 0 is what --device_list says, with all their threads.
-    examples: a step of each process.
-    """
-
-    title: str
-    stage: str
-    flags: tuple[str, ...]
-    tree: Path = ROOT
-    slow: bool = False
-    epochs: int = 1
-    length: int = 0
-    processes: int = 0
-    examples: int = BATCH
-
-    @property
-    def remembers(self) -> bool:
-        """Whether the teacher is asked beforehand."""
-        return self.epochs > 1 and (KEEP[0] in self.flags or (self.stage == "prediction" and ASK[0] not in self.flags))
-
-    @property
-    def batch(self) -> int:
-        """Examples a step of all processes that are compared."""
-        return self.examples * max(1, self.processes)
-
-
-def rows(reference: Path, keeps_states: bool) -> list[Row]:
-    """The runs of the usual table, each stage's reference first.
-
-    Args:
-        reference: the tree whose main.py is the reference.
-        keeps_states: whether main.py has --keep_teacher_states.
-    """
-    table = []
-    for stage in STAGES:
-        prediction = stage == "prediction"
-        ask = ASK if prediction else ()
-        # An older revision need not know the flag, and asks in every step anyway.
-        table += [
-            Row("reference", stage, (*REFERENCE, *(ask if reference == ROOT else ())), reference, slow=True),
-            Row("reference settings, today's code", stage, (*REFERENCE, *ask), slow=True),
-            Row("alone: padded to the longest", stage, (*LONGEST, *ask), slow=True),
-            Row("alone: like lengths", stage, (*REFERENCE, "--group_by_length", *ask), slow=True),
-            Row("alone: amp", stage, (*REFERENCE, "--amp", *ask), slow=True),
-        ]
-        if prediction:
-            table += [Row("alone: teacher remembered", stage, REFERENCE, slow=True, epochs=2)]
-        elif keeps_states:  # which has no meaning where padding is learned too
-            table += [Row("alone: states kept (and longest)", stage, (*LONGEST, *KEEP), slow=True, epochs=2)]
-        table += [
-            Row("together: longest, like lengths", stage, (*GROUPED, *ask), epochs=2),
-            Row("together: and amp", stage, (*FAST, *ask), epochs=2),
-        ]
-        if prediction:
-            table += [Row("together: and teacher remembered", stage, FAST, epochs=2)]
-        elif keeps_states:
-            table += [Row("together: and states kept", stage, (*FAST, *KEEP), epochs=2)]
-    return table
-
-
-def rows_of_lengths(lengths: Sequence[int]) -> list[Row]:
-    """Both stages in the settings for speed, the teacher being asked, on texts of these many tokens."""
-    return [
-        Row(f"{length} tokens", stage, (*FAST, *(ASK if stage == "prediction" else ())), epochs=2, length=length)
-        for stage in STAGES
-        for length in lengths
-    ]
-
-
-def rows_of_processes(counts: Sequence[int]) -> list[Row]:
-    """Likewise in so many processes of one thread, 32 examples a step for each."""
-    return [
-        Row(f"{count} x 1 thread", stage, (*FAST, *(ASK if stage == "prediction" else ())), epochs=2, processes=count)
-        for stage in STAGES
-        for count in counts
-    ]
-
-
-def rows_of_batches(sizes: Sequence[int]) -> list[Row]:
-    """The settings for speed with so many examples a step; in the prediction stage the teacher is remembered."""
-    return [Row(f"batches of {size}", stage, FAST, epochs=2, examples=size) for stage in STAGES for size in sizes]
 
 
 @dataclass(frozen=True)
@@ -215,14 +125,16 @@ def measure(row: Row, work: Path, flags: argparse.Namespace) -> Figures:
     device = open_device(choose_device(flags.device), 0)
     on_cpu = device.type == "cpu"
     limits = [_limit(row, device, flags.device_list)]
-    done, examples = _run(row, steps, work, flags, timed=mine and on_cpu)
+    runs, examples = _run(row, steps, work, flags, timed=mine and on_cpu)
     limits.append(_limit(row, device, flags.device_list))
     epoch_steps = -(-examples // row.batch)
-    fps, first = speeds(done.events, examples, row.epochs, epoch_steps, row.remembers)
-    times = done.times
+    each = [speeds(run.events, examples, row.epochs, epoch_steps, row.remembers) for run in runs]
+    fps = sum(fps for fps, _ in each)
+    first = None if row.epochs == 1 else sum(first or math.nan for _, first in each)
+    times = runs[0].times
     if mine and not on_cpu:
         short, examples = _run(row, flags.steps, work, flags, timed=True)
-        times, epoch_steps = short.times, -(-examples // row.batch)
+        times, epoch_steps = short[0].times, -(-examples // row.batch)
     parts = {}
     if times is not None:
         parts = shares(times["steps"], times["skipped"] if row.epochs == 1 else epoch_steps)
@@ -246,18 +158,26 @@ def _limit(row: Row, device: torch.device, device_list: str) -> float:
     return rate
 
 
-def _run(row: Row, steps: int, work: Path, flags: argparse.Namespace, timed: bool) -> tuple[Finished, int]:
+def _run(row: Row, steps: int, work: Path, flags: argparse.Namespace, timed: bool) -> tuple[list[Finished], int]:
+    """What the row's run has left, or its runs apart; and the examples of an epoch."""
     data = _data(row, steps, work, flags)
     examples = sum(1 for _ in (data / "train.tsv").open(encoding="utf-8")) - 1
-    ids = ",".join(map(str, range(row.processes))) if row.processes else flags.device_list
     given = ["--max_seq_length", str(row.length or 64), "--num_train_epochs", str(row.epochs)]
-    given += ["--train_batch_size", str(row.batch), "--device", flags.device, "--device_list", ids]
+    given += ["--train_batch_size", str(row.batch), "--device", flags.device]
     if row.epochs > 1:  # a line at the end of each epoch
         given += ["--output_txt_step", str(-(-examples // row.batch))]
-    one_thread = dict.fromkeys(("OMP_NUM_THREADS", "RAYON_NUM_THREADS"), "1") if row.processes else None
     given += [*row.flags, *stage_flags(row.stage)]
+    one_thread = dict.fromkeys(("OMP_NUM_THREADS", "RAYON_NUM_THREADS"), "1") if row.processes else None
+    ids = [str(number) for number in range(row.processes)]
+
+    def run(device_list: str) -> Finished:
+        command = [*given, "--device_list", device_list]
+        return run_main(work, data, command, timed=timed, tree=row.tree, environment=one_thread)
+
+    together = ids if row.apart else [",".join(ids) or flags.device_list]
     try:
-        return run_main(work, data, given, timed=timed, tree=row.tree, environment=one_thread), examples
+        with ThreadPoolExecutor(len(together)) as pool:
+            return list(pool.map(run, together)), examples
     except UserError as error:
         raise UserError(f"{row.stage}, {row.title}: {error}") from None
 

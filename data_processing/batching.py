@@ -119,10 +119,10 @@ class Padding:
 
 
 def next_of_few(length: int) -> int:
-    """The next of few numbers from a length on, an eighth more at most: all up to 16, the even ones up to 32, and so on.
+    """The next of few lengths, an eighth more at most: all there are up to 16, the even ones up to 32, and so on.
 
-    In half precision a processor's library makes kernels for each length that it meets, which takes a tenth of a second
-    and tens of megabytes each; of a training set's lengths there may be hundreds.
+    In half precision a processor's library makes kernels for each length that it meets, a tenth of a second's work and
+    tens of megabytes; a training set may have hundreds of lengths.
     """
     step = 1 << max(0, (length - 1).bit_length() - 4)
     return -(-length // step) * step

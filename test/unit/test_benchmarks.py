@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from cases import ROOT, Golden, call, command
 
-from benchmarks import features, inference, loading, memory, start, throughput, timed_run
+from benchmarks import features, inference, loading, memory, start, throughput, throughput_rows, timed_run
 from benchmarks.common import forget_peak, make_data, numbers, peak, resident
-from benchmarks.throughput import Figures, Row
+from benchmarks.throughput import Figures
+from benchmarks.throughput_rows import Row
 from transformer.errors import UserError
 
 COMMANDS = {
@@ -154,7 +155,7 @@ def test_medians_are_taken_of_each_figure():
 
 def test_each_switch_has_a_row_alone_and_rows_add_them_up():
     for stage, keeps, switches in (("intermediate", False, 3), ("intermediate", True, 4), ("prediction", True, 4)):
-        rows = [row for row in throughput.rows(Path("older"), keeps) if row.stage == stage]
+        rows = [row for row in throughput_rows.rows(Path("older"), keeps) if row.stage == stage]
         assert rows[0].tree == Path("older")
         assert all(row.tree == ROOT for row in rows[1:])
         assert sum(row.title.startswith("alone: ") for row in rows) == switches
@@ -167,11 +168,18 @@ def test_each_switch_has_a_row_alone_and_rows_add_them_up():
         assert {row.epochs for row in rows if row.title.startswith("together: ")} == {2}
 
 
+def test_processes_stand_beside_as_many_runs_apart():
+    rows = [row for row in throughput_rows.rows_of_processes([1, 2]) if row.stage == "prediction"]
+    assert [(row.processes, row.apart, row.batch) for row in rows] == [(1, False, 32), (2, False, 64), (2, True, 32)]
+    assert len({row.flags for row in rows}) == 1
+
+
 def test_only_an_older_revision_is_not_told_to_ask_always():
-    asks = {row.tree: "--ask_teacher_always" in row.flags for row in throughput.rows(Path("older"), True) if row.slow}
+    slow = [row for row in throughput_rows.rows(Path("older"), True) if row.slow]
+    asks = {row.tree: "--ask_teacher_always" in row.flags for row in slow}
     assert not asks[Path("older")]
     assert "--ask_teacher_always" in next(
-        row.flags for row in throughput.rows(ROOT, True) if (row.stage, row.title) == ("prediction", "reference")
+        row.flags for row in throughput_rows.rows(ROOT, True) if (row.stage, row.title) == ("prediction", "reference")
     )
 
 
@@ -259,9 +267,11 @@ def test_throughput_by_length_and_by_processes(folders):
     assert titles(lines[1:]) == ["16 tokens"]
     assert figures(lines[1])[1] == "1.00"
     lines = table("throughput.py", *folders, *tiny, "--stage", "prediction", "--processes", "1,2")
-    assert titles(lines[1:]) == ["1 x 1 thread", "2 x 1 thread"]
+    assert titles(lines[1:]) == ["1 x 1 thread", "2 x 1 thread", "2 x 1 thread, runs apart"]
     assert figures(lines[1])[1] == "100"
-    assert sum(percentages(lines[2])) == pytest.approx(100, abs=0.5)
+    for line in lines[2:]:
+        assert sum(percentages(line)) == pytest.approx(100, abs=0.5)
+        assert all(float(figure) > 0 for figure in figures(line)[:2])
     lines = table("throughput.py", *folders, *tiny, "--stage", "prediction", "--batches", "4,8")
     assert titles(lines[1:]) == ["batches of 4", "batches of 8"]
     assert figures(lines[1])[1] == "1.00"
