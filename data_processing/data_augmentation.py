@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 PROG = "data_augmentation.py"
 _MOST_TEXTS_LEARNED = 2_000_000  # by --train_mlm_head; bounds memory
 _DEFAULT_LENGTH = 128
-_METHOD = 3  # raised when the same flags come to give another file
+_METHOD = 4  # raised when the same flags come to give another file
 _MOST = 10_000  # new texts, candidates
 
 

@@ -5,8 +5,9 @@ The method is in `data_processing/augmentation.py`; here are the models that it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -86,14 +87,30 @@ class AugmentationPlan:
         augmenter = Augmenter(self.settings, tokenizer, masked, vectors)
 
         def augment(block: Block) -> Augmented:
-            made = augmenter.augment(block.rows, block.first)
-            count = sum(map(len, made))
-            if judge is not None:
-                made = judge.kept(made)
+            with _few_kernels(self.half):
+                made = augmenter.augment(block.rows, block.first)
+                count = sum(map(len, made))
+                if judge is not None:
+                    made = judge.kept(made)
             lines = [self.rows.written(row, texts) for row, own in zip(block.rows, made, strict=True) for texts in own]
             return Augmented("".join(lines).encode(*ENCODING), len(lines), count - len(lines))
 
         return augment
+
+
+@contextmanager
+def _few_kernels(half: torch.dtype | None) -> Iterator[None]:
+    """In fp32 leaves oneDNN aside, all of the process's threads included.
+
+    There torch takes nothing but gelu from it. Batches come in ever new shapes, for each of which it makes a kernel and
+    keeps the last thousand, between which ever more memory lies idle. In half precision see `transformer/frozen.py`.
+    """
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = before and half is not None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
 
 
 class TeacherJudge:
