@@ -33,8 +33,8 @@ from distillation.device import (
     choose_deterministic,
     choose_device,
     first_of_machine_first,
-    keep_freed_memory,
     open_device,
+    prepare_process,
     share_cores,
 )
 from distillation.logs import show_messages
@@ -71,7 +71,7 @@ def run_entry(prog: str, entry: Callable[[Sequence[str]], None]) -> int:
     this project and keeps its traceback. A signal that ends the run gives one line and 128 + its number.
     """
     show_messages(enabled=not _under_torchrun() or os.environ["RANK"] == "0")
-    keep_freed_memory()
+    prepare_process()
     try:
         with Signals().handled():
             entry(sys.argv[1:])
@@ -224,7 +224,7 @@ def _run_as_child(options: Options, kind: str, rank: int, threads: int, port: in
     """What a spawned process does. It reports how it failed, and prints nothing itself."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     show_messages(enabled=rank == 0)
-    keep_freed_memory()
+    prepare_process()
     signals = Signals()
     try:
         with signals.handled():

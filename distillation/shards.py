@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import torch
 
-from distillation.device import keep_freed_memory, open_device, share_cores
+from distillation.device import open_device, prepare_process, share_cores
 from distillation.launch import RunFailed
 from transformer.errors import UserError
 
@@ -138,7 +138,7 @@ def _serve(plan: Plan, kind: str, index: int, threads: int, connection: Connecti
     """What a spawned process does. It reports how it failed, and prints nothing itself."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     logging.basicConfig(level=logging.ERROR, force=True)
-    keep_freed_memory()
+    prepare_process()
     try:
         torch.set_num_threads(1 if kind == "cpu" else threads)
         work = plan.build(open_device(kind, index), threads)

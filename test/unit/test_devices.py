@@ -111,3 +111,19 @@ def test_memory_that_tensors_free_is_kept_for_the_next_ones(
     done = command("-c", program, cwd=tmp_path, **environment)
     assert done.status == 0, done.err
     assert (int(done.out) < 100) is kept
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_numbers_too_small_for_full_speed_are_0_in_all_threads(tmp_path: Path, prepared: bool) -> None:
+    program = (
+        "import main, torch\n"
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "from distillation.device import prepare_process\n"
+        f"if {prepared}: prepare_process()\n"
+        "torch.set_num_threads(4)\n"
+        "def left(): return int((torch.full((4_000_000,), 1e-39) * 0.9).count_nonzero())\n"
+        "with ThreadPoolExecutor(1) as pool: print(left(), pool.submit(left).result())\n"
+    )
+    done = command("-c", program, cwd=tmp_path)
+    assert done.status == 0, done.err
+    assert done.out.split() == (["0", "0"] if prepared else ["4000000"] * 2)
