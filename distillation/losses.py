@@ -8,9 +8,11 @@ step, and its gradient is the same however the step was cut. No weights, no stat
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from data_processing.batching import Totals
@@ -57,6 +59,34 @@ def choose_layer_map(choice: str | tuple[int, ...], student_layers: int, teacher
     return tuple(range(first + 1, first + student_layers + 1))
 
 
+def squared_error(ours: Tensor, theirs: Tensor, counted: Tensor) -> Tensor:
+    """Σ (ours - theirs)² where `counted` is 1, in fp32; where it is 0 nothing counts. Only ours has a gradient.
+
+    Args:
+        ours, theirs: of one shape, in any types.
+        counted: zeros and ones, of a shape that broadcasts to theirs.
+    """
+    return _SquaredError.apply(ours, theirs, counted)
+
+
+class _SquaredError(torch.autograd.Function):
+    """Half the passes over memory that autograd would make of the same: the gradient is the kept error, scaled."""
+
+    @staticmethod
+    def forward(ctx: Any, ours: Tensor, theirs: Tensor, counted: Tensor) -> Tensor:
+        error = ours.float() - theirs.float()
+        error *= counted
+        ctx.save_for_backward(error)
+        ctx.dtype = ours.dtype
+        return error.square().sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (error,) = ctx.saved_tensors
+        return (error * (2 * gradient)).to(ctx.dtype), None, None
+
+
 def attention_loss(
     student: Sequence[Tensor], teacher: Sequence[Tensor], key_mask: Tensor, query_mask: Tensor, totals: Totals
 ) -> Tensor:
@@ -71,8 +101,7 @@ def attention_loss(
     counted = (query_mask[:, None, :, None] * key_mask[:, None, None, :]).float()
     loss = counted.new_zeros(())
     for ours, theirs in zip(student, teacher, strict=True):
-        error = (ours.float() - theirs.float()) * counted
-        loss = loss + error.square().sum() / (totals.pairs * ours.shape[1])
+        loss = loss + squared_error(ours, theirs, counted) / (totals.pairs * ours.shape[1])
     return loss
 
 
@@ -87,8 +116,7 @@ def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], token_mask
     counted = token_mask[:, :, None].float()
     loss = counted.new_zeros(())
     for ours, theirs in zip(student, teacher, strict=True):
-        error = (ours.float() - theirs.float()) * counted
-        loss = loss + error.square().sum() / (totals.tokens * theirs.shape[-1])
+        loss = loss + squared_error(ours, theirs, counted) / (totals.tokens * theirs.shape[-1])
     return loss
 
 

@@ -14,6 +14,7 @@ from distillation.losses import (
     hidden_loss,
     label_loss,
     prediction_loss,
+    squared_error,
     uniform_layer_map,
 )
 from transformer.errors import UserError
@@ -188,3 +189,18 @@ def test_the_uniform_map(student, teacher, expected):
 def test_a_depth_that_is_no_multiple_is_refused(student, teacher):
     with pytest.raises(UserError, match=f"the teacher has {teacher} layers and the student {student}: "):
         uniform_layer_map(student, teacher)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_squared_error_and_its_gradient_are_those_of_plain_operations(dtype):
+    ours = random(2, 3, 4, 5, seed=1).to(dtype).requires_grad_()
+    theirs, counted = random(2, 3, 4, 5, seed=2).bfloat16(), (random(2, 1, 4, 1, seed=3) > 0).float()
+    assert 0 < counted.sum() < counted.numel()
+    same = ours.detach().clone().requires_grad_()
+    found = 0.3 * squared_error(ours, theirs, counted)
+    plain = 0.3 * ((same.float() - theirs.float()) * counted).square().sum()
+    found.backward()
+    plain.backward()
+    assert torch.equal(found, plain)
+    assert ours.grad.dtype == dtype
+    torch.testing.assert_close(ours.grad, same.grad)
