@@ -70,7 +70,7 @@ def main(arguments: Sequence[str]) -> None:
     process = Process(open_device(choose_device(flags.device), 0))
     tokenizer = BertTokenizer.from_pretrained(flags.vocabulary)
     features = load_features(flags.data_dir / "dev.tsv", find_task("SST-2"), tokenizer, 64, Cache(None, 0))
-    longest, maximum = Padding(False, 64), Padding(True, 64)
+    maximum = Padding(True, 64)
     print(f"{machine()}, {os.environ.get('OMP_NUM_THREADS', 'default')} threads")
     print(f"{'':44}  {'BERT-base':>9}  {'TinyBERT4':>9}  ratio   (examples a second)")
     with tempfile.TemporaryDirectory() as folder:
@@ -87,6 +87,7 @@ def main(arguments: Sequence[str]) -> None:
             for name, model in models.items():
                 precision.prepare_frozen(model.to(process.device))
                 if grouped:
+                    longest = Padding(False, 64, few_lengths=precision.few_lengths)
                     ways[name] = partial(predict, model, features, longest, 32, process, precision)
                 else:
                     ways[name] = partial(in_the_files_order, model, features, maximum, process)

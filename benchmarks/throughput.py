@@ -7,7 +7,8 @@
     python benchmarks/throughput.py ... --batches 32,128,512       # how the speed grows with the batch
 
 Beside processes, which exchange gradients, stand as many runs apart at the same time, which exchange nothing: what
-these are short of linear is the machine's own.
+these are short of linear is the machine's own. Of them the percentages are the first's; the FPS, each by its own clock,
+are added up, and the last to end has the machine to itself for a moment.
 
 Lengths come from real text, weights are random: BERT-base teaches TinyBERT4, batch 32, maximum length 64. Every
 row is a run of main.py with other flags, in a process of its own, on rows of the same train.tsv. The reference pads

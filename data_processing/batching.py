@@ -82,7 +82,7 @@ class Batch(NamedTuple):
 class Padding:
     """How batches are padded: to their longest example, or (`to_maximum`) all to max_seq_length.
 
-    few_lengths: whether from their longest on to the next of few lengths (`next_of_few`).
+    few_lengths: whether the longest is rounded up by `next_of_few`.
     """
 
     to_maximum: bool
@@ -119,10 +119,10 @@ class Padding:
 
 
 def next_of_few(length: int) -> int:
-    """The next of few lengths, an eighth more at most: all there are up to 16, the even ones up to 32, and so on.
+    """A length rounded up to a multiple of 1 (up to 16), 2 (up to 32), 4 (up to 64) and so on: an eighth more at most.
 
-    In half precision a processor's library makes kernels for each length that it meets, a tenth of a second's work and
-    tens of megabytes; a training set may have hundreds of lengths.
+    In half precision oneDNN makes kernels for each length that it meets, a tenth of a second's work and tens of
+    megabytes; a training set may have hundreds of lengths.
     """
     step = 1 << max(0, (length - 1).bit_length() - 4)
     return -(-length // step) * step

@@ -5,6 +5,7 @@ The method is in `data_processing/augmentation.py`; here are the models that it 
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -87,7 +88,7 @@ class AugmentationPlan:
         augmenter = Augmenter(self.settings, tokenizer, masked, vectors)
 
         def augment(block: Block) -> Augmented:
-            with _few_kernels(self.half):
+            with _few_kernels(device, self.half):
                 made = augmenter.augment(block.rows, block.first)
                 count = sum(map(len, made))
                 if judge is not None:
@@ -99,14 +100,17 @@ class AugmentationPlan:
 
 
 @contextmanager
-def _few_kernels(half: torch.dtype | None) -> Iterator[None]:
-    """In fp32 leaves oneDNN aside, all of the process's threads included.
+def _few_kernels(device: torch.device, half: torch.dtype | None) -> Iterator[None]:
+    """In fp32 on an x86 CPU leaves oneDNN aside, in all of the process's threads.
 
     There torch takes nothing but gelu from it. Batches come in ever new shapes, for each of which it makes a kernel and
     keeps the last thousand, between which ever more memory lies idle. In half precision see `transformer/frozen.py`.
     """
+    if device.type != "cpu" or half is not None or platform.machine() not in ("x86_64", "AMD64"):
+        yield
+        return
     before = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = before and half is not None  # type: ignore[assignment]
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]  # a property of the module's class
     try:
         yield
     finally:

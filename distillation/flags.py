@@ -182,8 +182,8 @@ def _add_data(parser: argparse.ArgumentParser, entry: Entry) -> None:
         "--padding",
         choices=("longest", "max_length"),
         default="longest",
-        help="longest: pad a batch to its longest example, with --amp up to an eighth more, padding counts in no loss; "
-        "max_length: pad to --max_seq_length and count padding, as the original does",
+        help="longest: pad a batch to its longest example (with --amp on a CPU up to an eighth more), padding counts "
+        "in no loss; max_length: pad to --max_seq_length and count padding, as the original does",
     )
     group.add_argument(
         "--group_by_length",

@@ -101,7 +101,7 @@ def run_evaluation(options: Options, process: Process) -> None:
     parameters = sum(p.numel() for p in loaded.model.parameters())
     precision.prepare_frozen(loaded.model)
     with RunLog(options.fps_acc_dir, options.log_name(process.world_size), process) as log:
-        results = dev.judge(loaded.model, padding_of(options, loaded), process, precision)
+        results = dev.judge(loaded.model, padding_of(options, loaded, precision), process, precision)
         for name, judged in results.items():
             logger.info("%s: %s", options.student_model, shown(name, judged))
             log.line(0, 0, judged.examples_per_second, judged.metrics[options.task.metric.chosen_by])
@@ -133,7 +133,8 @@ def run_predictions(options: Options, process: Process) -> None:
             check_logs(options.fps_acc_dir, options.log_name(process.world_size))
         loaded = _load(options)
         examples = {file: _read_for_prediction(options, file) for file in names}
-    precision, padding = precision_of(options, process), padding_of(options, loaded)
+    precision = precision_of(options, process)
+    padding = padding_of(options, loaded, precision)
     loaded.model.to(process.device)
     precision.prepare_frozen(loaded.model)
     predicted: dict[str, tuple[list[str], list[str]]] = {}
@@ -178,10 +179,10 @@ def _read_for_prediction(options: Options, name: str) -> Examples:
     return read_unlabelled(path, task)
 
 
-def padding_of(options: Options, loaded: LoadedModel) -> Padding:
+def padding_of(options: Options, loaded: LoadedModel, precision: Precision) -> Padding:
     """How batches for this model are padded."""
     maximum = options.padding == "max_length"
-    return Padding(maximum, options.max_seq_length, loaded.tokenizer.pad_token_id, few_lengths=options.amp)
+    return Padding(maximum, options.max_seq_length, loaded.tokenizer.pad_token_id, precision.few_lengths)
 
 
 def precision_of(options: Options, process: Process) -> Precision:

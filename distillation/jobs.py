@@ -200,7 +200,7 @@ def _teach(
 ) -> None:
     learner, stage, dev = parts.learner, parts.stage, parts.dev
     state = folder.state
-    padding = padding_of(options, learner)
+    padding = padding_of(options, learner, precision)
     plan = TrainingPlan(
         parts.features.lengths,
         options.train_batch_size,

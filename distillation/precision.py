@@ -42,6 +42,7 @@ class Precision:
     waits: whether a step must see at once if a gradient is finite (`step`), since one that is not only means
         another loss scale; otherwise the device need not be waited for (`step_unseen`).
     takes_sparse_gradients: whether a gradient may hold some rows of its parameter only.
+    few_lengths: whether a batch of a new length costs kernels of its own, more than some padding does.
     """
 
     name = "fp32"
@@ -49,6 +50,7 @@ class Precision:
     bucket_views = True
     waits = False
     takes_sparse_gradients = True
+    few_lengths = False
 
     def __init__(self) -> None:
         self.skipped = 0
@@ -145,6 +147,7 @@ class TorchMixedPrecision(Precision):
         # what overflows is no overflow of half precision.
         self.waits = loss_scale is None or dtype == torch.float16
         self.takes_sparse_gradients = level == "O1" or dtype != torch.float16  # torch adds none up in fp16
+        self.few_lengths = device.type == "cpu"
         self.dynamic = loss_scale is None
         self._scale = _FIRST_DYNAMIC_SCALE if loss_scale is None else loss_scale if self.waits else 1.0
         self._steps_since_overflow = 0

@@ -43,7 +43,7 @@ def compared(process: Process, precision: str, task: Task, digests: Mapping[str,
 def digest_of_states(kept: KeptStates, features: Features, padding: Padding) -> str:
     """A digest of what is kept of some examples all over the training set: all of it may be many gigabytes."""
     examples = np.unique(np.linspace(0, len(features) - 1, _EXAMPLES_IN_A_SAMPLE).astype(np.int64))
-    batch = kept.fetch(replace(padding, to_maximum=False).collate(features, examples))
+    batch = kept.fetch(replace(padding, to_maximum=False, few_lengths=False).collate(features, examples))
     parts = {"states": batch.teacher_states, "scores": batch.teacher_scores}
     return digest(**{name: part.view(torch.uint8).numpy() for name, part in parts.items() if part is not None})
 

@@ -188,7 +188,7 @@ def _key(
         tokens=features.tokens,
         offsets=features.offsets,
         segments=features.first_lengths,
-        batch=[options.eval_batch_size, padding.pad_token_id],
+        batch=[options.eval_batch_size, padding.pad_token_id, *(["few lengths"] if padding.few_lengths else [])],
         precision=precision.name,
         device=process.device.type,
         torch=torch.__version__,

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only wait for one another
@@ -10,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import cases
 import pytest
+import torch
 from hypothesis import settings
 
 # Of the property tests: the same examples each time; `--hypothesis-profile=thorough` tries more, and new ones.
@@ -28,6 +30,13 @@ def golden(request) -> cases.Golden:
 def cache_home(tmp_path_factory) -> None:
     """What runs keep for the next one, in this process and those it starts, is kept apart from the user's."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def tiny_numbers() -> Iterator[None]:
+    """A run in this process sets them to 0, which Hypothesis's floats refuse to do without."""
+    yield
+    torch.set_flush_denormal(False)
 
 
 @pytest.fixture

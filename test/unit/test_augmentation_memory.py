@@ -1,6 +1,7 @@
 """Augmentation's memory does not grow with its rows: not with the kernels that oneDNN makes, of one to two MB each."""
 
 import os
+import platform
 import random
 import subprocess
 from pathlib import Path
@@ -37,5 +38,6 @@ def test_more_rows_are_no_more_kernels_in_half_precision(tmp_path):
     assert len(many) <= 1.2 * len(few)
 
 
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="elsewhere fp32 products are oneDNN's too")
 def test_in_fp32_there_are_no_kernels(tmp_path):
     assert problems(tmp_path, 1, "fp32") == set()

@@ -5,12 +5,13 @@ import mmap
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from cases import ROOT, Golden, call, command
 
 from benchmarks import features, inference, loading, memory, start, throughput, throughput_rows, timed_run
-from benchmarks.common import forget_peak, make_data, numbers, peak, resident
+from benchmarks.common import Finished, forget_peak, make_data, numbers, peak, resident
 from benchmarks.throughput import Figures
 from benchmarks.throughput_rows import Row
 from transformer.errors import UserError
@@ -172,6 +173,21 @@ def test_processes_stand_beside_as_many_runs_apart():
     rows = [row for row in throughput_rows.rows_of_processes([1, 2]) if row.stage == "prediction"]
     assert [(row.processes, row.apart, row.batch) for row in rows] == [(1, False, 32), (2, False, 64), (2, True, 32)]
     assert len({row.flags for row in rows}) == 1
+
+
+@pytest.mark.parametrize(("apart", "started"), [(True, ["0", "1", "2"]), (False, ["0,1,2"])])
+def test_runs_apart_are_as_many_runs(folders, tmp_path, monkeypatch, apart, started):
+    lists = []
+
+    def run(work, data, flags, **_):
+        lists.append(flags[flags.index("--device_list") + 1])
+        return Finished([], None)
+
+    monkeypatch.setattr(throughput, "run_main", run)
+    flags = SimpleNamespace(data_dir=Path(folders[1]), device="cpu", device_list="0")
+    runs, _ = throughput._run(Row("", "prediction", (), processes=3, apart=apart), 1, tmp_path, flags, timed=False)
+    assert sorted(lists) == started
+    assert len(runs) == len(started)
 
 
 def test_only_an_older_revision_is_not_told_to_ask_always():

@@ -7,11 +7,12 @@ The stand-in (`stand_in_npu.py`) computes on the CPU, so weights must equal thos
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from cases import Golden, Run, Workplace, command, read_bin
+from cases import Golden, Run, Workplace, call, command, read_bin
 
 STAND_IN = Path(__file__).parent / "stand_in_npu.py"
 
@@ -127,3 +128,10 @@ def test_numbers_too_small_for_full_speed_are_0_in_all_threads(tmp_path: Path, p
     done = command("-c", program, cwd=tmp_path)
     assert done.status == 0, done.err
     assert done.out.split() == (["0", "0"] if prepared else ["4000000"] * 2)
+
+
+def test_an_entry_takes_tiny_numbers_for_0() -> None:
+    def entry(flags: Sequence[str]) -> None:
+        print(int((torch.full((100,), 1e-39) * 0.9).count_nonzero()))
+
+    assert call(entry, []).out == "0\n"

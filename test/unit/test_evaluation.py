@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ import torch
 from cases import Golden, assert_close, assert_same_weights, read_bin, write_rows
 
 import task_distill
-from data_processing import tasks
+from data_processing import batching, tasks
 from data_processing.batching import Padding
+from data_processing.cache import Cache
 from data_processing.examples import read_examples
 from data_processing.features import make_features
 from data_processing.metrics import Metric, accuracy
@@ -18,7 +20,8 @@ from data_processing.tasks import find_task
 from distillation import trainer
 from distillation.device import Process
 from distillation.evaluation import evaluate, predict
-from distillation.precision import Precision
+from distillation.precision import Precision, TorchMixedPrecision
+from distillation.teacher import recall
 from transformer.heads import TinyBertForSequenceClassification
 from transformer.tokenization import BertTokenizer
 
@@ -192,3 +195,27 @@ def test_both_results_of_mnli_are_copied(mnli):
 def test_a_performance_run_does_not_wait_for_the_teachers_own_figures(sst2):
     sst2.run(performance=True)
     assert sst2.events("teacher") == []
+
+
+def test_answers_to_batches_of_few_lengths_are_kept_apart(parts, tmp_path):
+    """They differ in their last bits."""
+    _, model, features, _ = parts
+    options = SimpleNamespace(cache=Cache(tmp_path / "kept", 10**6), eval_batch_size=4)
+    for few_lengths, found in ((False, False), (True, False), (False, True), (True, True)):
+        padding = Padding(False, 64, few_lengths=few_lengths)
+        _, seconds = recall(model, "digest", features, padding, options, CPU, Precision())
+        assert (seconds is None) is found
+
+
+@pytest.mark.parametrize(("device", "few"), [("cpu", True), ("cuda", False)])
+def test_half_precision_has_few_lengths_on_a_cpu(device, few):
+    assert TorchMixedPrecision(torch.device(device), torch.bfloat16, "O1", 1.0).few_lengths is few
+
+
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("stage", [{"pred_distill": True}, {}, {"do_eval": True}], ids=str)
+def test_a_run_in_half_precision_pads_to_few_lengths(sst2, monkeypatch, amp, stage):
+    rounded = []
+    monkeypatch.setattr(batching, "next_of_few", lambda length: rounded.append(length) or length)
+    assert sst2.run(amp=amp, amp_dtype="bf16", padding="longest", **stage).status == 0
+    assert bool(rounded) is amp

@@ -37,3 +37,14 @@ def test_results_come_in_order_and_end(ids: tuple[int, ...], count: int) -> None
 def test_a_mistake_in_a_process_is_told() -> None:
     with pytest.raises(UserError, match="7: not this one"):
         list(in_order(Squares(7), "cpu", (0, 1), range(20)))
+
+
+class TinyNumbers:
+    """Counts what is left of numbers too small for full speed."""
+
+    def build(self, device: torch.device, threads: int) -> Callable[[Any], Any]:
+        return lambda count: int((torch.full((count,), 1e-39) * 0.9).count_nonzero())
+
+
+def test_a_process_takes_tiny_numbers_for_0() -> None:
+    assert list(in_order(TinyNumbers(), "cpu", (0, 1), [100, 100, 100])) == [0, 0, 0]
