@@ -121,8 +121,8 @@ class Padding:
 def next_of_few(length: int) -> int:
     """A length rounded up to a multiple of 1 (up to 16), 2 (up to 32), 4 (up to 64) and so on: an eighth more at most.
 
-    In half precision oneDNN makes kernels for each length that it meets, a tenth of a second's work and tens of
-    megabytes; a training set may have hundreds of lengths.
+    In half precision oneDNN makes kernels for each length that it meets, and keeps them: that takes time and memory,
+    and a training set may have hundreds of lengths.
     """
     step = 1 << max(0, (length - 1).bit_length() - 4)
     return -(-length // step) * step

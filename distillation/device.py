@@ -191,8 +191,8 @@ def choose_deterministic() -> None:
 def prepare_process() -> None:
     """What a process sets before its first operation, for that and all threads to come."""
     keep_freed_memory()
-    # Results below 1e-38 (Python's and NumPy's below 2e-308) are 0. The optimizer's mean for a word absent from some
-    # 700 steps falls below that and never reaches 0 by itself; a processor takes ten to twenty times as long for such.
+    # Results below 1e-38 (Python's and NumPy's below 2e-308) are 0. The optimizer's mean for a word that is absent from
+    # hundreds of steps falls below that and never reaches 0 by itself; a processor takes many times as long for such.
     torch.set_flush_denormal(True)
 
 
