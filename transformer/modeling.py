@@ -114,12 +114,17 @@ class BertSelfAttention(nn.Module):
 
     `fused` makes it one kernel on a CPU too where no scores are wanted. Off unless `frozen.pack` turns it on: in half
     precision the kernel rounds less, and on a CPU training has the same numbers whether scores are wanted or not.
+    `projections` are query, key and value in one product, [..., hidden] -> [..., 3 · hidden], where `frozen.pack` has
+    put it in their place.
     """
+
+    projections: Callable[[Tensor], Tensor] | None
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.num_attention_heads = config.num_attention_heads
         self.fused = False
+        self.projections = None
         self.query = nn.Linear(config.hidden_size, config.hidden_size)
         self.key = nn.Linear(config.hidden_size, config.hidden_size)
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
@@ -136,16 +141,24 @@ class BertSelfAttention(nn.Module):
             with_scores: whether the scores are wanted.
             queries: how many tokens, from the first, ask; None for all.
         """
-        hidden = _as_autocast_would(hidden)  # once, not for each of the three
-        query = self._split(self.query(hidden[:, :queries]))
-        key, value = (self._split(linear(hidden)) for linear in (self.key, self.value))
+        query, key, value = map(self._split, self._projected(hidden, queries))
         if not with_scores and (self.fused or _has_fused_attention(query.device)):
             dropped = self.dropout.p if self.training else 0.0
             context = functional.scaled_dot_product_attention(query, key, value, mask.to(query.dtype), dropped)
             return context.transpose(1, 2).flatten(2), None
-        scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1]) + mask.to(query.dtype)
+        scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+        # A row of keys for each query and head would be added slowly where keys are few; a page for each text is not.
+        scores = scores + mask.to(scores.dtype).expand(-1, -1, scores.shape[-2], -1).contiguous()
         context = self.dropout(_softmax(scores).to(value.dtype)) @ value
         return context.transpose(1, 2).flatten(2), scores
+
+    def _projected(self, hidden: Tensor, queries: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Query [batch, query, hidden], key and value [batch, length, hidden]."""
+        hidden = _as_autocast_would(hidden)  # once, not for each of the three
+        if self.projections is None:
+            return self.query(hidden[:, :queries]), self.key(hidden), self.value(hidden)
+        query, key, value = self.projections(hidden).chunk(3, dim=-1)
+        return query[:, :queries], key, value
 
     def _split(self, projected: Tensor) -> Tensor:
         return projected.unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)

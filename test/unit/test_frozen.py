@@ -99,6 +99,37 @@ def test_rows_that_are_added_up_do_not_show(shape):
     assert (ours - right).abs().max() < 0.02
 
 
+def test_rows_are_parted_where_two_threads_would_not_share_them():
+    for rows in range(385, 1536):
+        part = frozen.rows_at_once(rows, 768, 2)
+        assert part % 32 == 0
+        assert part <= 320
+        assert -(-rows // part) == -(-rows // 320)  # no more parts than needed
+    assert frozen.rows_at_once(384, 768, 2) == 384
+    assert frozen.rows_at_once(1536, 768, 2) == 1536
+    assert frozen.rows_at_once(640, 2304, 2) == 640
+    assert frozen.rows_at_once(640, 312, 2) == 640
+    assert {frozen.rows_at_once(640, 768, threads) for threads in (1, 3, 8)} == {640}
+
+
+@needs_bf16
+@torch.no_grad()
+@pytest.mark.parametrize("few_sizes", [False, True])
+def test_parted_rows_come_back_in_their_places(few_sizes, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    linear = nn.Linear(32, 512)
+    states = torch.randn(5, 131, 32)
+    packed = frozen.PackedLinear(linear, "gelu", few_sizes=few_sizes)
+    taken: list[int] = []
+    multiplied = packed._multiplied
+    monkeypatch.setattr(packed, "_multiplied", lambda rows: taken.append(len(rows)) or multiplied(rows))
+    ours = packed(states)
+    right = nn.functional.gelu(linear(states))
+    assert len(taken) == 3
+    assert ours.shape == right.shape
+    assert (ours - right).abs().max() < 0.02
+
+
 def test_few_row_counts_take_all():
     counts = [frozen.row_count(rows) for rows in range(1, 1601)]
     assert all(0 <= count - rows < 64 for rows, count in enumerate(counts, start=1))
