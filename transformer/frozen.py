@@ -6,8 +6,9 @@ oneDNN would otherwise put them anew for every batch, and apply the activation t
 oneDNN makes a kernel for each number of rows and keeps the last thousand of them, of one to two MB each. Where batches
 come in ever new sizes, as in data augmentation, rows are therefore added up to one of few numbers.
 
-Of two threads oneDNN lets one do a product of some hundred rows by 512 to 1,024 columns, as a BERT-base's are: such
-rows are parted, until both have work. With three threads and more it is not so.
+On a processor with AMX, oneDNN as torch 2.13 has it lets one of two threads do a whole product of some hundred rows by
+512 to 1,024 columns, as a BERT-base's are: such rows are parted, until both have work. It is not so with three threads
+and more, nor without AMX.
 """
 
 from __future__ import annotations
@@ -37,19 +38,21 @@ class PackedLinear(nn.Module):
     def __init__(self, linear: nn.Linear, hidden_act: str | None = None, few_sizes: bool = False) -> None:
         super().__init__()
         self._few_sizes, self._columns = few_sizes, linear.out_features
+        self._has_amx = bool(torch.cpu.get_capabilities().get("amx_bf16", False))
         self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().bfloat16().contiguous())
         self._bias = linear.bias.detach().bfloat16()
         self._activation, self._form = _FUSED[hidden_act] if hidden_act else ("none", "")
 
     def forward(self, input: Tensor) -> Tensor:
-        """[..., in] -> [..., out] in bf16."""
+        """[rows, in] or [batch, rows, in] -> the same with [out] in bf16."""
         rows = input.bfloat16().flatten(0, -2)
         added = row_count(len(rows)) - len(rows) if self._few_sizes else 0
         product = self._product(functional.pad(rows, (0, 0, 0, added)) if added else rows)
         return product[: len(rows)].unflatten(0, input.shape[:-1])
 
     def _product(self, rows: Tensor) -> Tensor:
-        part = rows_at_once(len(rows), self._columns, torch.get_num_threads())
+        threads = torch.get_num_threads() if self._has_amx else 1
+        part = rows_at_once(len(rows), self._columns, threads)
         if part == len(rows):
             return self._multiplied(rows)
         return torch.cat([self._multiplied(some) for some in rows.split(part)])
@@ -65,7 +68,7 @@ def row_count(rows: int) -> int:
 
 
 def rows_at_once(rows: int, columns: int, threads: int) -> int:
-    """Of how many rows a product by so many columns is taken in one piece, so that two threads share it."""
+    """Of how many rows a product by so many columns is taken in one piece on AMX, so that two threads share it."""
     if threads != 2 or not 512 <= columns <= 1024 or not 384 < rows < 1536:
         return rows
     parts = -(-rows // 320)

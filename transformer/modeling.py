@@ -78,13 +78,27 @@ class Dropout(nn.Dropout):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training or self.p == 0.0 or not _has_cpu_kernels(input.device):
+        if not self._is_ours(input):
             return super().forward(input)
-        dropped = round(self.p * 2**16)  # of 65536 values
+        kept, scale = self._draw(input, input.dtype)
+        return (input * kept) * scale
+
+    def add(self, input: Tensor, residual: Tensor) -> Tensor:
+        """Dropout of the input, plus a residual of its shape; on a CPU scaled and added in one pass."""
+        if not self._is_ours(input):
+            return super().forward(input) + residual
+        kept, scale = self._draw(input, residual.dtype)
+        return torch.addcmul(residual, input, kept, value=scale)
+
+    def _is_ours(self, input: Tensor) -> bool:
+        return self.training and self.p > 0.0 and _has_cpu_kernels(input.device)
+
+    def _draw(self, input: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
+        """Ones where the input is kept and zeros where it is dropped, of its shape; and what makes up for those."""
+        dropped = min(round(self.p * 2**16), 2**16 - 1)  # of 65536 values
         count = input.numel()
         bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:count]
-        kept = bits.ge_(dropped - 2**15).view(input.shape).to(input.dtype)
-        return (input * kept) * (2**16 / (2**16 - dropped))
+        return bits.ge_(dropped - 2**15).view(input.shape).to(dtype), 2**16 / (2**16 - dropped)
 
 
 class BertEmbeddings(nn.Module):
@@ -147,8 +161,7 @@ class BertSelfAttention(nn.Module):
             context = functional.scaled_dot_product_attention(query, key, value, mask.to(query.dtype), dropped)
             return context.transpose(1, 2).flatten(2), None
         scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
-        # A row of keys for each query and head would be added slowly where keys are few; a page for each text is not.
-        scores = scores + mask.to(scores.dtype).expand(-1, -1, scores.shape[-2], -1).contiguous()
+        scores = scores + _as_wide_as(mask.to(scores.dtype), scores)
         context = self.dropout(_softmax(scores).to(value.dtype)) @ value
         return context.transpose(1, 2).flatten(2), scores
 
@@ -167,6 +180,18 @@ class BertSelfAttention(nn.Module):
 def _has_fused_attention(device: torch.device) -> bool:
     """Whether attention is faster in one kernel, which gives out no scores; on a CPU it is not for fp32."""
     return device.type == "cuda"
+
+
+def _as_wide_as(mask: Tensor, scores: Tensor) -> Tensor:
+    """A mask [batch, 1, 1, key] to add to scores [batch, heads, query, key].
+
+    In half precision a CPU adds a row of few keys to each query and head slowly, a page of queries and keys to each
+    head fast.
+    """
+    half = scores.element_size() < 4
+    if not (half and _has_cpu_kernels(scores.device) and scores.shape[-1] <= 4 * _VECTOR):
+        return mask
+    return mask.expand(-1, -1, scores.shape[-2], -1).contiguous()
 
 
 def _as_autocast_would(states: Tensor) -> Tensor:
@@ -194,7 +219,7 @@ class ResidualOutput(nn.Module):
         self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, states: Tensor, residual: Tensor) -> Tensor:
-        return self.LayerNorm(self.dropout(self.dense(states)) + residual)
+        return self.LayerNorm(self.dropout.add(self.dense(states), residual))
 
 
 class BertAttention(nn.Module):

@@ -119,6 +119,7 @@ def test_parted_rows_come_back_in_their_places(few_sizes, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     linear = nn.Linear(32, 512)
     states = torch.randn(5, 131, 32)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
     packed = frozen.PackedLinear(linear, "gelu", few_sizes=few_sizes)
     taken: list[int] = []
     multiplied = packed._multiplied
@@ -191,3 +192,20 @@ def test_a_build_without_the_operations_goes_on_without_them(monkeypatch):
     built = model()
     TorchMixedPrecision(CPU, torch.bfloat16, "O1", 128.0).prepare_frozen(built)
     assert any(isinstance(module, nn.Linear) for module in built.modules())
+
+
+@needs_bf16
+@torch.no_grad()
+def test_packed_attention_gives_out_as_many_queries_as_asked():
+    """One product makes all of query, key and value; the first tokens' context is that of all tokens' beginning."""
+    built = model().bert.encoder.layer[0].attention
+    hidden, mask = torch.randn(3, 7, built.self.query.in_features), torch.zeros(3, 1, 1, 7)
+    right, _ = built.self(hidden, mask, True, 2)
+    frozen._pack(built, "gelu", few_sizes=False)
+    whole, all_scores = built.self(hidden, mask, True, None)
+    first, scores = built.self(hidden, mask, True, 2)
+    assert first.shape == right.shape
+    assert scores.shape == all_scores[:, :, :2].shape
+    assert (first - whole[:, :2]).norm() < 0.02 * right.norm()
+    assert (scores - all_scores[:, :, :2]).norm() < 0.02 * all_scores.norm()
+    assert (first - right).norm() < 0.02 * right.norm()

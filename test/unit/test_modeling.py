@@ -12,7 +12,7 @@ from transformer.heads import (
     TinyBertForPreTraining,
     TinyBertForSequenceClassification,
 )
-from transformer.modeling import BertModel, LayerNorm
+from transformer.modeling import MASKED_SCORE, BertModel, Dropout, LayerNorm, _as_wide_as
 
 CONFIG = {
     "vocab_size": 50,
@@ -270,6 +270,60 @@ def test_dropout_acts_in_training_alone():
         model.train()
         first, second = model(*inputs()).logits, model(*inputs()).logits
         assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_with_a_residual_is_dropout_and_then_the_residual(dtype):
+    """From the same random numbers; in half precision it rounds less. The gradient is that of what was kept."""
+    dropout = Dropout(0.3).train()
+    states, residual = torch.randn(7, 5, 33), torch.randn(7, 5, 33)
+    plain, added = (states.to(dtype).requires_grad_() for _ in range(2))
+    torch.manual_seed(5)
+    right = dropout(plain) + residual
+    torch.manual_seed(5)
+    ours = dropout.add(added, residual)
+    resolution = 8 * torch.finfo(dtype).eps
+    assert ours.dtype == right.dtype
+    assert 0.2 < (ours == residual).float().mean() < 0.4
+    assert_close(ours.detach(), right.detach(), atol=resolution, rtol=resolution)
+    (right * residual).sum().backward()
+    (ours * residual).sum().backward()
+    assert_close(added.grad.float(), plain.grad.float(), atol=resolution, rtol=resolution)
+    assert torch.equal(dropout.eval().add(states, residual), states + residual)
+
+
+def test_dropout_of_nearly_all_is_finite():
+    states = torch.randn(9, 70)
+    dropped = Dropout(0.999999).train()(states)
+    assert dropped.isfinite().all()
+    assert (dropped == 0).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("length", [5, 16, 64, 70])
+def test_a_mask_hides_the_same_keys_in_half_precision(length):
+    """Few keys and many, which a CPU adds in other ways: what is masked does not show."""
+    model = classifier(max_position_embeddings=80)
+    ids = torch.randint(1, 20, (3, length))
+    mask = torch.ones_like(ids)
+    mask[1, length // 2 :] = 0
+    others = torch.where(mask == 1, ids, ids % 7 + 1)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        first, second = (model(texts, None, mask) for texts in (ids, others))
+    assert not torch.equal(ids, others)
+    assert torch.equal(first.logits, second.logits)
+    scores = first.attention_scores[0]
+    assert (scores[1, :, :, length // 2 :] < MASKED_SCORE / 2).all()
+    assert (scores[[0, 2]] > MASKED_SCORE / 2).all()
+    assert (scores[1, :, :, : length // 2] > MASKED_SCORE / 2).all()
+
+
+@pytest.mark.parametrize(("dtype", "keys", "wide"), [("bfloat16", 64, 5), ("bfloat16", 65, 1), ("float32", 8, 1)])
+def test_a_mask_is_widened_where_keys_are_few(dtype, keys, wide):
+    mask = torch.randn(2, 1, 1, keys).to(getattr(torch, dtype))
+    scores = torch.zeros(2, 3, 5, keys, dtype=mask.dtype)
+    ours = _as_wide_as(mask, scores)
+    assert ours.shape == (2, 1, wide, keys)
+    assert torch.equal(scores + ours, scores + mask)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
