@@ -116,12 +116,10 @@ def _pack(module: nn.Module, hidden_act: str, few_sizes: bool) -> None:
             _pack(child, hidden_act, few_sizes)
 
 
-@torch.no_grad()
 def _beside(linears: Sequence[nn.Linear]) -> nn.Linear:
     """One linear layer that gives out what these do, side by side."""
-    first = linears[0]
     columns = sum(linear.out_features for linear in linears)
-    together = nn.Linear(first.in_features, columns, device="meta").to_empty(device=first.weight.device)
-    together.weight.copy_(torch.cat([linear.weight for linear in linears]))
-    together.bias.copy_(torch.cat([linear.bias for linear in linears]))
+    together = nn.Linear(linears[0].in_features, columns, device="meta")
+    together.weight = nn.Parameter(torch.cat([linear.weight.detach() for linear in linears]))
+    together.bias = nn.Parameter(torch.cat([linear.bias.detach() for linear in linears]))
     return together
