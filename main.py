@@ -10,7 +10,7 @@ The scripts in test/ call this with the settings of each kind of run; `python ma
 import sys
 
 if __name__ == "__main__":  # what is imported below takes seconds
-    from distillation.signals import end_quietly
+    from distillation.runtime.signals import end_quietly
 
     end_quietly("main.py")
 

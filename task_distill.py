@@ -10,7 +10,7 @@ All flags of main.py work here too; `python task_distill.py --help` names them. 
 import sys
 
 if __name__ == "__main__":  # what is imported below takes seconds
-    from distillation.signals import end_quietly
+    from distillation.runtime.signals import end_quietly
 
     end_quietly("task_distill.py")
 

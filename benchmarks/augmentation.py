@@ -25,15 +25,15 @@ import numpy as np
 import torch
 
 from benchmarks.common import ROOT, SIZES, machine, read_lines
-from data_processing.augmentation import Augmenter, Settings
-from data_processing.glove import WordVectors, read_vectors
-from data_processing.masked_words import MaskedWords
-from data_processing.replacements import is_replaceable, new_texts
-from distillation.checkpoint import save_model
-from distillation.device import choose_device, open_device, seed_process, share_cores, synchronize
+from data_processing.augmentation.augmenter import Augmenter, Settings
+from data_processing.augmentation.glove import WordVectors, read_vectors
+from data_processing.augmentation.masked_words import MaskedWords
+from data_processing.augmentation.replacements import is_replaceable, new_texts
+from distillation.checkpoints.outputs import save_model
 from distillation.flags import OneLineParser, path
 from distillation.launch import run_entry
-from distillation.precision import cpu_has_bf16
+from distillation.runtime.device import choose_device, open_device, seed_process, share_cores, synchronize
+from distillation.runtime.precision import cpu_has_bf16
 from transformer.configuration import BertConfig
 from transformer.errors import UserError
 from transformer.heads import BertForMaskedLM

@@ -21,9 +21,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from distillation.checkpoint import save_model
-from distillation.device import seed_process
+from distillation.checkpoints.outputs import save_model
 from distillation.flags import OneLineParser, path
+from distillation.runtime.device import seed_process
 from transformer.configuration import RELU_HEAD_ARCHITECTURE, BertConfig
 from transformer.errors import UserError
 from transformer.heads import TinyBertForSequenceClassification
@@ -32,7 +32,7 @@ from transformer.tokenization import BertTokenizer
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("intermediate", "prediction")
 REFERENCE = ("--padding", "max_length")
-ASK = ("--ask_teacher_always",)
+ASK = ("--no_teacher_cache",)
 # The shapes of teacher and student: BERT-base and TinyBERT4, or models that only show that a benchmark runs.
 SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "base": ({}, {"num_hidden_layers": 4, "hidden_size": 312, "intermediate_size": 1200}),

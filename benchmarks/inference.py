@@ -24,21 +24,21 @@ import numpy as np
 import torch
 
 from benchmarks.common import machine, make_models
-from data_processing.batching import Padding
+from data_processing.batching import Collator
 from data_processing.cache import Cache
 from data_processing.features import Features, load_features
 from data_processing.tasks import find_task
-from distillation.device import Process, choose_device, open_device
 from distillation.evaluation import predict
 from distillation.flags import OneLineParser, path
 from distillation.launch import run_entry
-from distillation.precision import Precision, choose_precision
+from distillation.runtime.device import Process, choose_device, open_device
+from distillation.runtime.precision import Precision, choose_precision
 from transformer.heads import TinyBertForSequenceClassification
 from transformer.tokenization import BertTokenizer
 
 
 def in_the_files_order(
-    model: TinyBertForSequenceClassification, features: Features, padding: Padding, process: Process
+    model: TinyBertForSequenceClassification, features: Features, padding: Collator, process: Process
 ) -> None:
     """Batches of 32 as the file has them."""
     with torch.no_grad():
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str]) -> None:
     process = Process(open_device(choose_device(flags.device), 0))
     tokenizer = BertTokenizer.from_pretrained(flags.vocabulary)
     features = load_features(flags.data_dir / "dev.tsv", find_task("SST-2"), tokenizer, 64, Cache(None, 0))
-    maximum = Padding(True, 64)
+    maximum = Collator(True, 64)
     print(f"{machine()}, {os.environ.get('OMP_NUM_THREADS', 'default')} threads")
     print(f"{'':44}  {'BERT-base':>9}  {'TinyBERT4':>9}  ratio   (examples a second)")
     with tempfile.TemporaryDirectory() as folder:
@@ -85,9 +85,9 @@ def main(arguments: Sequence[str]) -> None:
             models = {n: TinyBertForSequenceClassification.from_pretrained(Path(folder) / n).eval() for n in names}
             ways: dict[str, Callable[[], object]] = {}
             for name, model in models.items():
-                precision.prepare_frozen(model.to(process.device))
+                precision.prepare_for_inference(model.to(process.device))
                 if grouped:
-                    longest = Padding(False, 64, few_lengths=precision.few_lengths)
+                    longest = Collator(False, 64, bucketed_lengths=precision.bucketed_lengths)
                     ways[name] = partial(predict, model, features, longest, 32, process, precision)
                 else:
                     ways[name] = partial(in_the_files_order, model, features, maximum, process)

@@ -84,8 +84,8 @@ def added(shares: Sequence[Sequence[int]]) -> list[int]:
     Args:
         shares: the proportional shares (Pss) of one process, of two, and so on; their sum is what all take.
     """
-    totals = [sum(ofall) for ofall in shares]
-    return [now - before for before, now in zip([0, *totals], totals, strict=False)]
+    denominators = [sum(ofall) for ofall in shares]
+    return [now - before for before, now in zip([0, *denominators], denominators, strict=False)]
 
 
 def processes(flags: argparse.Namespace, rows: int, count: int, work: Path) -> None:

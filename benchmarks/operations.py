@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from distillation.device import synchronize
+from distillation.runtime.device import synchronize
 from transformer.configuration import BertConfig
 
 _SECONDS = 0.3

@@ -66,10 +66,10 @@ from benchmarks.timed_run import STEP_PARTS, shares
 from data_processing.cache import Cache
 from data_processing.features import load_features
 from data_processing.tasks import find_task
-from distillation.device import choose_device, open_device
 from distillation.flags import build_parser as build_main_parser
 from distillation.launch import run_entry
-from distillation.precision import choose_precision
+from distillation.runtime.device import choose_device, open_device
+from distillation.runtime.precision import choose_precision
 from transformer.configuration import BertConfig
 from transformer.errors import UserError
 from transformer.tokenization import BertTokenizer
@@ -175,10 +175,10 @@ def _run(row: Row, steps: int, work: Path, flags: argparse.Namespace, timed: boo
         command = [*given, "--device_list", device_list]
         return run_main(work, data, command, timed=timed, tree=row.tree, environment=one_thread)
 
-    together = ids if row.apart else [",".join(ids) or flags.device_list]
+    raise_on_all_ranks = ids if row.apart else [",".join(ids) or flags.device_list]
     try:
-        with ThreadPoolExecutor(len(together)) as pool:
-            return list(pool.map(run, together)), examples
+        with ThreadPoolExecutor(len(raise_on_all_ranks)) as pool:
+            return list(pool.map(run, raise_on_all_ranks)), examples
     except UserError as error:
         raise UserError(f"{row.stage}, {row.title}: {error}") from None
 

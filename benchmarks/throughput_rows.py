@@ -11,7 +11,7 @@ from benchmarks.common import ASK, REFERENCE, ROOT, STAGES
 GROUPED = ("--padding", "longest")
 LONGEST = (*GROUPED, "--no-group_by_length")
 FAST = (*GROUPED, "--amp")
-KEEP = ("--keep_teacher_states",)
+KEEP = ("--cache_teacher_states",)
 BATCH = 32
 
 
@@ -53,7 +53,7 @@ def rows(reference: Path, keeps_states: bool) -> list[Row]:
 
     Args:
         reference: the tree whose main.py is the reference.
-        keeps_states: whether main.py has --keep_teacher_states.
+        keeps_states: whether main.py has --cache_teacher_states.
     """
     table = []
     for stage in STAGES:

@@ -31,14 +31,16 @@ import torch
 
 import main
 from benchmarks.common import BEGAN, TIMES, peak, resident
-from distillation import inference, jobs, precision, stages, trainer
-from distillation.device import Process, synchronize
-from distillation.inference import DevSets
 from distillation.launch import run_entry
-from distillation.logs import FpsMeter
 from distillation.options import Options
-from distillation.teacher import Teacher
-from distillation.trainer import Outcome, Trainer
+from distillation.runs import predict, train
+from distillation.runs.predict import DevSets
+from distillation.runtime import precision
+from distillation.runtime.device import Process, synchronize
+from distillation.runtime.logs import FpsMeter
+from distillation.teacher.teacher import Teacher
+from distillation.training import stages, trainer
+from distillation.training.trainer import Outcome, Trainer
 
 IMPORTED, AFTER_IMPORTS = time.time(), resident()
 
@@ -50,19 +52,19 @@ _PRECISIONS = (precision.Precision, precision.TorchMixedPrecision, precision.Ape
 _STAGES = (stages.IntermediateStage, stages.PredictionStage, stages.FineTuning)
 # Whose function belongs to which part.
 _WATCHED: tuple[tuple[Any, str, str], ...] = (
-    (jobs, "load_complete", "models"),
-    (jobs, "load_learner", "models"),
-    (jobs, "load_features", "tokenizing"),
-    (inference, "load_features", "tokenizing"),
+    (train, "load_complete", "models"),
+    (train, "load_learner", "models"),
+    (train, "load_features", "tokenizing"),
+    (predict, "load_features", "tokenizing"),
     (DevSets, "judge", "evaluation"),
-    (DevSets, "judge_teacher", "evaluation"),
-    (jobs, "ask_once", "asking"),
-    (jobs, "keep_states", "asking"),
+    (DevSets, "evaluate_teacher", "evaluation"),
+    (train, "load_or_compute_logits", "asking"),
+    (train, "keep_states", "asking"),
     (Teacher, "states", "teacher"),
     (Teacher, "logits", "teacher"),
     *((stage, "losses", "student") for stage in _STAGES),
     *((kind, "backward", "backward") for kind in _PRECISIONS),
-    *((kind, name, "optimizer") for kind in _PRECISIONS for name in ("step", "step_unseen")),
+    *((kind, name, "optimizer") for kind in _PRECISIONS for name in ("step", "step_async")),
 )
 
 
@@ -157,10 +159,10 @@ def watch() -> None:
     for owner, name, title in _WATCHED:
         if name in vars(owner):  # a subclass has some of its class's functions
             setattr(owner, name, _timed(vars(owner)[name], functools.partial(part, title)))
-    prepared, train, run, count, pause = trainer.prepared, Trainer.run, jobs.run, FpsMeter.count, FpsMeter.pause
+    prefetch, fit, run, count, pause = trainer.prefetch, Trainer.run, train.run, FpsMeter.count, FpsMeter.pause
 
     def watched_batches(*args: Any, **kwargs: Any) -> Iterator[Any]:
-        with contextlib.closing(prepared(*args, **kwargs)) as batches:  # type: ignore[type-var]
+        with contextlib.closing(prefetch(*args, **kwargs)) as batches:  # type: ignore[type-var]
             while True:
                 with part("data"):
                     try:
@@ -172,7 +174,7 @@ def watch() -> None:
     def watched_training(self: Trainer, *state: Any) -> Outcome:
         with part("rest"):
             seen.steps.append(seen.stopwatch.read())
-            return train(self, *state)
+            return fit(self, *state)
 
     def watched_count(self: FpsMeter, examples: int) -> None:
         count(self, examples)
@@ -190,11 +192,11 @@ def watch() -> None:
             seen.write(options)
 
     replacements: tuple[tuple[Any, str, Any], ...] = (
-        (trainer, "prepared", watched_batches),
+        (trainer, "prefetch", watched_batches),
         (Trainer, "run", watched_training),
         (FpsMeter, "count", watched_count),
         (FpsMeter, "pause", watched_pause),
-        (jobs, "run", watched_run),
+        (train, "run", watched_run),
     )
     for owner, name, function in replacements:
         setattr(owner, name, function)

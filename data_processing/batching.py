@@ -25,7 +25,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Totals(NamedTuple):
+class LossDenominators(NamedTuple):
     """What the losses of one optimizer step are divided by, over all processes and micro-batches.
 
     examples: in the step. tokens: Σ of the examples' lengths. pairs: Σ of their squares, the
@@ -41,7 +41,7 @@ class Step(NamedTuple):
     """One optimizer step: this process's micro-batches, as example numbers, and the whole step's totals."""
 
     micro_batches: list[np.ndarray]
-    totals: Totals
+    denominators: LossDenominators
 
 
 class Batch(NamedTuple):
@@ -79,7 +79,7 @@ class Batch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Padding:
+class Collator:
     """How batches are padded: to their longest example, or (`to_maximum`) all to max_seq_length.
 
     few_lengths: whether the longest is rounded up by `next_of_few`.
@@ -88,12 +88,12 @@ class Padding:
     to_maximum: bool
     max_seq_length: int
     pad_token_id: int = 0
-    few_lengths: bool = False
+    bucketed_lengths: bool = False
 
-    def totals(self, lengths: np.ndarray) -> Totals:
+    def denominators(self, lengths: np.ndarray) -> LossDenominators:
         """The totals of a step whose examples have these lengths."""
         lengths = np.full_like(lengths, self.max_seq_length) if self.to_maximum else lengths
-        return Totals(len(lengths), int(lengths.sum()), int((lengths**2).sum()))
+        return LossDenominators(len(lengths), int(lengths.sum()), int((lengths**2).sum()))
 
     def collate(self, features: Features, examples: np.ndarray) -> Batch:
         """Pads the examples of these numbers into a batch."""
@@ -115,7 +115,7 @@ class Padding:
     def _width(self, longest: int) -> int:
         if self.to_maximum:
             return self.max_seq_length
-        return min(next_of_few(longest), self.max_seq_length) if self.few_lengths else longest
+        return min(next_of_few(longest), self.max_seq_length) if self.bucketed_lengths else longest
 
 
 def next_of_few(length: int) -> int:
@@ -141,7 +141,7 @@ class TrainingPlan:
 
     lengths: np.ndarray
     batch_size: int
-    padding: Padding
+    collator: Collator
     seed: int
     accumulation: int = 1
     rank: int = 0
@@ -159,7 +159,7 @@ class TrainingPlan:
         order = random.permutation(len(self.lengths))
         for examples in self._grouped(order, random) if self.group_by_length else self._cut(order):
             parts = np.array_split(examples, self.accumulation * self.world_size)
-            yield Step(parts[self.rank :: self.world_size], self.padding.totals(self.lengths[examples]))
+            yield Step(parts[self.rank :: self.world_size], self.collator.denominators(self.lengths[examples]))
 
     def _cut(self, order: np.ndarray) -> list[np.ndarray]:
         return [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
@@ -176,7 +176,7 @@ class TrainingPlan:
         return steps + self._cut(order[full:])
 
 
-def prepared(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
+def prefetch(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
     """map(function, items), in order, worked out up to two items a worker ahead in `workers` threads.
 
     With no workers it is worked out when asked for.

@@ -24,24 +24,24 @@ import torch
 if __package__ in (None, ""):  # python data_processing/data_augmentation.py: the root is not where it looks
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data_processing.augmentation import BLOCK, Settings
+from data_processing.augmentation.augmenter import BLOCK, Settings
+from data_processing.augmentation.resumable_file import UnfinishedFile
 from data_processing.cache import file_digest
 from data_processing.task_files import read_task_file
 from data_processing.tasks import Task, find_task
 from data_processing.text_rows import ENCODING, TextRows
-from data_processing.unfinished import UnfinishedFile
-from distillation.augmentation import AugmentationPlan, Augmented, Block, word_vectors
-from distillation.checkpoint import save_model
-from distillation.device import check_ids, choose_device, open_device
+from distillation.checkpoints.outputs import save_model
 from distillation.flags import HelpFormatter, OneLineParser, path
 from distillation.launch import run_entry
-from distillation.logs import Progress
-from distillation.masked_lm import load_masked_lm, pieces_of, train
 from distillation.models import choose_case, load_complete
 from distillation.options import check_seed
-from distillation.precision import cpu_has_bf16
-from distillation.shards import in_order
-from transformer import frozen
+from distillation.runs.augment import AugmentationPlan, Augmented, Block, word_vectors
+from distillation.runs.mlm_head import load_masked_lm, pieces_of, train
+from distillation.runtime.device import check_ids, choose_device, open_device
+from distillation.runtime.logs import Progress
+from distillation.runtime.precision import cpu_has_bf16
+from distillation.runtime.worker_pool import in_order
+from transformer import packed_inference
 from transformer.errors import UserError
 from transformer.file_utils import CONFIG_NAME, SAFETENSORS_NAME, WEIGHTS_NAME
 from transformer.vocabulary import vocabulary_path
@@ -315,7 +315,7 @@ def _device_ids(text: str) -> tuple[int, ...]:
 
 def _half(precision: str, kind: str) -> torch.dtype | None:
     if precision == "auto":
-        fast = cpu_has_bf16() and frozen.can_pack() if kind == "cpu" else _has_bf16(kind)
+        fast = cpu_has_bf16() and packed_inference.can_pack() if kind == "cpu" else _has_bf16(kind)
         return torch.bfloat16 if fast else None
     return torch.bfloat16 if precision == "bf16" else None
 

@@ -25,10 +25,10 @@ from typing import NoReturn
 if __name__ == "__main__":  # as a script, from the repository's root or elsewhere
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_processing.addresses import Address, hidden, is_address, parse_address
-from data_processing.archives import Limits, find_folder, only_top_folder
 from data_processing.cache import default_folder
-from data_processing.cached_download import DOWNLOADS, Downloads
+from data_processing.downloads.addresses import Address, hidden, is_address, parse_address
+from data_processing.downloads.archives import Limits, find_folder, only_top_folder
+from data_processing.downloads.store import DOWNLOADS, Downloads
 from transformer.errors import UserError, one_line, printable
 
 logger = logging.getLogger("data_processing.download")

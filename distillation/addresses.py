@@ -10,8 +10,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from data_processing.archives import find_folder
-from data_processing.cached_download import Downloads
+from data_processing.downloads.archives import find_folder
+from data_processing.downloads.store import Downloads
 from distillation.options import Options
 from transformer.file_utils import CONFIG_NAME, SAFETENSORS_NAME, WEIGHTS_NAME
 

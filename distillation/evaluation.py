@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from data_processing.batching import Padding
+from data_processing.batching import Collator
 from data_processing.features import Features
 from data_processing.tasks import Task
-from distillation.device import Process, synchronize
-from distillation.logs import Progress
-from distillation.precision import Precision
+from distillation.runtime.device import Process, synchronize
+from distillation.runtime.logs import Progress
+from distillation.runtime.precision import Precision
 from transformer.heads import TinyBertForSequenceClassification
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationResult:
     """A model judged on one file.
 
     metrics: the task's, and `eval_loss`, the mean cross-entropy or, of a regression, squared error.
@@ -53,7 +53,7 @@ def never() -> bool:
 def predict(
     model: TinyBertForSequenceClassification,
     features: Features,
-    padding: Padding,
+    collator: Collator,
     batch_size: int,
     process: Process,
     precision: Precision,
@@ -86,7 +86,7 @@ def predict(
             gives_up = stops()
             if gives_up:
                 break
-            batch = padding.collate(features, examples).to(process.device)
+            batch = collator.collate(features, examples).to(process.device)
             logits.append(model(*batch.inputs, hidden_layers=(), attention_layers=()).logits.float())
             progress.advance()
     progress.close()
@@ -106,12 +106,12 @@ def evaluate(
     model: TinyBertForSequenceClassification,
     features: Features,
     task: Task,
-    padding: Padding,
+    collator: Collator,
     batch_size: int,
     process: Process,
     precision: Precision,
     stops: Callable[[], bool] = never,
-) -> Evaluation:
+) -> EvaluationResult:
     """Predicts every example and judges the predictions.
 
     Raises:
@@ -119,16 +119,16 @@ def evaluate(
     """
     synchronize(process.device)
     begin = time.perf_counter()
-    logits = predict(model, features, padding, batch_size, process, precision, stops=stops)
-    return judge_logits(logits, features, task, time.perf_counter() - begin)
+    logits = predict(model, features, collator, batch_size, process, precision, stops=stops)
+    return evaluate_logits(logits, features, task, time.perf_counter() - begin)
 
 
-def judge_logits(logits: np.ndarray, features: Features, task: Task, seconds: float | None) -> Evaluation:
+def evaluate_logits(logits: np.ndarray, features: Features, task: Task, seconds: float | None) -> EvaluationResult:
     """Judges predictions, logits [examples, outputs], that took so long."""
     metrics = task.metric(predictions(logits, task), features.labels)
     ours, theirs = torch.from_numpy(logits), torch.tensor(features.labels)  # which may be read-only
     loss = functional.mse_loss(ours[:, 0], theirs) if task.is_regression else functional.cross_entropy(ours, theirs)
-    return Evaluation({**metrics, "eval_loss": loss.item()}, len(features), seconds)
+    return EvaluationResult({**metrics, "eval_loss": loss.item()}, len(features), seconds)
 
 
 def predictions(logits: np.ndarray, task: Task) -> np.ndarray:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from data_processing.addresses import Address, hidden, is_address, parse_address
+from data_processing.downloads.addresses import Address, hidden, is_address, parse_address
 from transformer.errors import UserError
 
 
@@ -223,12 +223,12 @@ def _add_training(parser: argparse.ArgumentParser, entry: Entry) -> None:
         help="what the intermediate stage learns, for ablations: any of these, split by commas",
     )
     group.add_argument(
-        "--ask_teacher_always",
+        "--no_teacher_cache",
         action="store_true",
         help="ask the teacher in every step; otherwise the prediction stage asks it once for each example",
     )
     group.add_argument(
-        "--keep_teacher_states",
+        "--cache_teacher_states",
         action="store_true",
         help="the intermediate stage asks the teacher once for each example and keeps its hidden states and attention "
         "scores in --cache_dir, for all epochs and later runs; gigabytes, of which a line tells beforehand",

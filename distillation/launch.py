@@ -24,22 +24,22 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import distributed
 
-from distillation import jobs
 from distillation.addresses import fetched
-from distillation.device import (
+from distillation.options import Options, Stage
+from distillation.runs import train
+from distillation.runtime.device import (
     BACKENDS,
     Process,
     check_ids,
     choose_deterministic,
     choose_device,
-    first_of_machine_first,
+    local_rank_zero_first,
     open_device,
     prepare_process,
     share_cores,
 )
-from distillation.logs import show_messages
-from distillation.options import Options, Stage
-from distillation.signals import Signals, Stopped, deferred
+from distillation.runtime.logs import show_messages
+from distillation.runtime.signals import Signals, Stopped, deferred
 from transformer.errors import UserError
 
 USER_ERROR_STATUS = 2
@@ -124,7 +124,7 @@ def launch(options: Options) -> None:
         _check_places_before_fetching(options, Process(torch.device("cpu")))
         options = fetched(options)
         if len(options.device_list) == 1:
-            jobs.run(options, Process(open_device(kind, options.device_list[0])), signals)
+            train.run(options, Process(open_device(kind, options.device_list[0])), signals)
         else:
             _spawn(options, kind, signals)
 
@@ -147,10 +147,10 @@ def _run_under_torchrun(options: Options, kind: str, signals: Signals) -> None:
     distributed.init_process_group(BACKENDS[kind], device_id=process.device if kind == "cuda" else None)
     try:
         if options.addresses:
-            with process.together():
+            with process.raise_on_all_ranks():
                 _check_places_before_fetching(options, process)
-            options = first_of_machine_first(process, partial(fetched, options, ask=process.is_first_of_machine))
-        jobs.run(options, process, signals)
+            options = local_rank_zero_first(process, partial(fetched, options, ask=process.is_local_rank_zero))
+        train.run(options, process, signals)
     except RuntimeError as error:
         if not _is_of_a_connection(error):
             raise
@@ -166,7 +166,7 @@ def _is_of_a_connection(error: RuntimeError) -> bool:
 def _check_places_before_fetching(options: Options, process: Process) -> None:
     """A download is for nothing where the run cannot write what it makes. Raises UserError."""
     if options.addresses and options.stage in (Stage.INTERMEDIATE, Stage.PREDICTION, Stage.FINETUNE):
-        jobs.check_places(options, process)
+        train.check_places(options, process)
 
 
 def _spawn(options: Options, kind: str, signals: Signals) -> None:
@@ -247,7 +247,7 @@ def _run_spawned(options: Options, kind: str, rank: int, threads: int, port: int
     process = Process(open_device(kind, options.device_list[rank]), rank, len(options.device_list))
     store = distributed.TCPStore(options.addr, port, is_master=False)
     distributed.init_process_group(BACKENDS[kind], store=store, rank=rank, world_size=process.world_size)
-    jobs.run(options, process, signals)
+    train.run(options, process, signals)
     distributed.destroy_process_group()
 
 

@@ -17,13 +17,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from distillation.checkpoint import check_output_dir, save_model
-from distillation.device import seed_process
+from distillation.checkpoints.outputs import check_output_dir, save_model
+from distillation.checkpoints.run_record import describe_command, write_run
 from distillation.flags import OneLineParser, path
 from distillation.launch import run_entry
-from distillation.losses import uniform_layer_map
 from distillation.options import check_seed
-from distillation.run_record import describe_command, write_run
+from distillation.runtime.device import seed_process
+from distillation.training.losses import uniform_layer_map
 from transformer.configuration import LINEAR_HEAD_ARCHITECTURE, RELU_HEAD_ARCHITECTURE, BertConfig
 from transformer.errors import UserError
 from transformer.file_utils import read_weights

@@ -12,9 +12,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from data_processing.addresses import Address
 from data_processing.cache import Cache, default_folder
-from data_processing.cached_download import DOWNLOADS
+from data_processing.downloads.addresses import Address
+from data_processing.downloads.store import DOWNLOADS
 from data_processing.task_files import read_task_file
 from data_processing.tasks import Task, find_task
 from distillation.flags import Entry, build_parser, path
@@ -85,8 +85,8 @@ class Options:
     layer_map: str | tuple[int, ...]  # one of LAYER_MAPS, or the teacher's layer for each student layer
     losses: tuple[str, ...]  # of LOSSES
     regression_target: str
-    ask_teacher_always: bool
-    keep_teacher_states: bool
+    no_teacher_cache: bool
+    cache_teacher_states: bool
     predict_file: str | None
     overwrite_output_dir: bool
     resume: bool
@@ -150,7 +150,7 @@ def parse_options(arguments: Sequence[str], entry: Entry) -> Options:
     _check_numbers(values)
     if values["save_steps"] is not None and values["save_steps"] < 1:
         raise UserError(f"--save_steps {values['save_steps']}: expected 1 or more")
-    if values["keep_teacher_states"] and stage is Stage.INTERMEDIATE:
+    if values["cache_teacher_states"] and stage is Stage.INTERMEDIATE:
         _check_can_keep_states(values)
     known = {field.name for field in fields(Options)}
     return Options(task=task, stage=stage, **{name: value for name, value in values.items() if name in known})
@@ -235,11 +235,11 @@ def _losses(text: str) -> tuple[str, ...]:
 def _check_can_keep_states(values: dict[str, Any]) -> None:
     if values["padding"] == "max_length":
         raise UserError(
-            "--keep_teacher_states: keeps the states of real tokens, --padding max_length learns those of padding too; "
+            "--cache_teacher_states: caches states of real tokens only, and --padding max_length compares padding too; "
             "leave out one of them"
         )
-    if values["ask_teacher_always"]:
-        raise UserError("--keep_teacher_states and --ask_teacher_always: give one of them")
+    if values["no_teacher_cache"]:
+        raise UserError("--cache_teacher_states and --no_teacher_cache: give one of them")
 
 
 def _stage(given: dict[str, bool]) -> Stage:

@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data_processing.batching import Batch, Padding
+from data_processing.batching import Batch, Collator
 from data_processing.examples import Examples, read_examples, unlabelled
 from data_processing.features import make_features
 from data_processing.task_files import read_task_file
@@ -75,7 +75,7 @@ def given_texts(texts: Sequence[str], seconds: Sequence[str] | None, task: Task,
 def make_batch(examples: Examples, loaded: LoadedModel, max_seq_length: int) -> Batch:
     """All examples as one batch; each keeps what fits in max_seq_length WordPieces."""
     features = make_features(examples, loaded.tokenizer, max_seq_length)
-    padding = Padding(False, max_seq_length, loaded.tokenizer.pad_token_id)
+    padding = Collator(False, max_seq_length, loaded.tokenizer.pad_token_id)
     return padding.collate(features, np.arange(len(examples)))
 
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from distillation.checkpoint import make_folder
+from distillation.checkpoints.outputs import make_folder
 from distillation.flags import OneLineParser
 from distillation.launch import run_entry
 from transformer.errors import UserError

@@ -126,10 +126,9 @@ class BertEmbeddings(nn.Module):
 class BertSelfAttention(nn.Module):
     """Multi-head self-attention up to, and without, its output projection.
 
-    `fused` makes it one kernel on a CPU too where no scores are wanted. Off unless `frozen.pack` turns it on: in half
-    precision the kernel rounds less, and on a CPU training has the same numbers whether scores are wanted or not.
-    `projections` are query, key and value in one product, [..., hidden] -> [..., 3 · hidden], where `frozen.pack` has
-    put it in their place.
+    fused: compute attention as one kernel on a CPU too where no scores are needed. `pack_linear_layers` turns it on. It
+    is off in training, because in half precision the kernel rounds differently from the unfused computation.
+    projections: query, key and value as one product, [..., hidden] -> [..., 3 · hidden], set by `pack_linear_layers`.
     """
 
     projections: Callable[[Tensor], Tensor] | None

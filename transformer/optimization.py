@@ -200,15 +200,15 @@ class BertAdam(Optimizer):
                 loss = closure()
         known = iter(norms if norms is not None else gradient_norms(self.gradients()))
         for group in self.param_groups:
-            together: dict[tuple[int, torch.device], list[_Part]] = {}
+            raise_on_all_ranks: dict[tuple[int, torch.device], list[_Part]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     state = self._state_of(parameter)
                     gradient, rows = _rows_of(parameter), self._kept_rows(parameter)
                     part = _Part(parameter, gradient, state["next_m"], state["next_v"], next(known), rows)
-                    together.setdefault((state["step"], parameter.device), []).append(part)
+                    raise_on_all_ranks.setdefault((state["step"], parameter.device), []).append(part)
                     state["step"] += 1
-            for (step, _), parts in together.items():
+            for (step, _), parts in raise_on_all_ranks.items():
                 _move(parts, self.rate(group, step), group, grad_scale, skip)
         self.steps_taken += 1
         return loss

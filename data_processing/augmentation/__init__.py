@@ -1,0 +1,1 @@
+"""Data augmentation: replacements, masked words, word vectors, the resumable output file."""

@@ -1,0 +1,1 @@
+"""Addresses, transfers, archives and the store of downloaded files."""

@@ -1,0 +1,1 @@
+"""What --resume needs, the run record, and the output folders."""

@@ -1,0 +1,1 @@
+"""The training loop, the stages and their losses."""

@@ -1,0 +1,221 @@
+"""Evaluation: every example once and in order, metrics that are numbers, and the right file chooses."""
+
+import dataclasses
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from cases import Golden, assert_close, assert_same_weights, read_bin, write_rows
+
+import task_distill
+from data_processing import batching, tasks
+from data_processing.batching import Collator
+from data_processing.cache import Cache
+from data_processing.examples import read_examples
+from data_processing.features import make_features
+from data_processing.metrics import Metric, accuracy
+from data_processing.tasks import find_task
+from distillation.evaluation import evaluate, predict
+from distillation.runtime.device import Process
+from distillation.runtime.precision import Precision, TorchMixedPrecision
+from distillation.teacher.teacher import recall
+from distillation.training import trainer
+from transformer.heads import TinyBertForSequenceClassification
+from transformer.tokenization import BertTokenizer
+
+CPU = Process(torch.device("cpu"))
+
+
+@pytest.fixture
+def parts(golden, tmp_path):
+    """The golden teacher and its dev set."""
+    place = golden.workplace(tmp_path)
+    model = TinyBertForSequenceClassification.from_pretrained(place.teacher)
+    examples = read_examples(place.data / "train.tsv", find_task(place.task))
+    features = make_features(examples, BertTokenizer.from_pretrained(place.teacher), place.max_seq_length)
+    return golden, model, features, place
+
+
+def metrics_in_turn(monkeypatch, task_name: str, values: list[float]) -> list[np.ndarray]:
+    """Lets a task's metric be these values, one for each evaluation; returns the predictions it is given."""
+    seen: list[np.ndarray] = []
+
+    def metric(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        seen.append(predictions)
+        return {"acc": values[len(seen) - 1]}
+
+    table = tuple(
+        dataclasses.replace(task, metric=Metric(metric, "acc")) if task.name == task_name else task
+        for task in tasks.TASKS
+    )
+    monkeypatch.setattr(tasks, "TASKS", table)
+    return seen
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 100])
+@pytest.mark.parametrize("to_maximum", [False, True], ids=["longest", "max_length"])
+def test_every_example_is_predicted_once_and_in_order(parts, batch_size, to_maximum):
+    """Trap 14: the original shuffles and drops the last batch."""
+    golden, model, features, place = parts
+    padding = Collator(to_maximum, place.max_seq_length)
+    logits = predict(model, features, padding, batch_size, CPU, Precision())
+    assert_close(logits, golden.figures["teacher_logits"], atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_is_judged_in_eval_mode_and_left_in_its_own(parts, training):
+    golden, model, features, place = parts
+    model.train(training)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    logits = predict(model, features, Collator(True, place.max_seq_length), 4, CPU, Precision())
+    assert_close(logits, golden.figures["teacher_logits"], atol=1e-5)
+    assert model.training is training
+
+
+def test_metrics_are_those_of_all_examples(parts):
+    golden, model, features, place = parts
+    task, padding = find_task(place.task), Collator(True, place.max_seq_length)
+    judged = evaluate(model, features, task, padding, 5, CPU, Precision())
+    logits, labels = golden.tensor("teacher_logits"), golden.tensor("feat_label_ids")
+    assert judged.examples == len(labels)
+    assert judged.metrics["acc"] == (logits.argmax(dim=1) == labels).double().mean().item()
+    assert judged.metrics["eval_loss"] == pytest.approx(
+        torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5
+    )
+    assert judged.examples_per_second == pytest.approx(judged.examples / judged.seconds)
+
+
+def test_a_metric_that_is_no_number_counts_as_0(parts):
+    """Trap 40."""
+    _, model, features, place = parts
+    task = dataclasses.replace(find_task(place.task), metric=Metric(lambda *_: {"acc": math.nan, "other": 0.25}, "acc"))
+    judged = evaluate(model, features, task, Collator(True, place.max_seq_length), 5, CPU, Precision())
+    assert (judged.metrics["acc"], judged.metrics["other"]) == (0.0, 0.25)
+
+
+def test_accuracy():
+    assert accuracy(np.array([0, 1, 2, 1]), np.array([0, 1, 1, 1])) == {"acc": 0.75}
+
+
+@pytest.mark.parametrize("value", [math.nan, 0.0, -0.5])
+def test_a_model_is_saved_whatever_its_metric_is(sst2, monkeypatch, value):
+    """Traps 19 and 40: best = 0.0 at the start, or a NaN that compares false, saved nothing."""
+    metrics_in_turn(monkeypatch, "SST-2", [value] * 10)
+    sst2.run(pred_distill=True, num_train_epochs=3, eval_step=1)
+    assert read_bin(sst2.model)
+    (end,) = sst2.events("end")
+    assert end["best"] == (0.0 if math.isnan(value) else value)
+
+
+def test_the_best_checkpoint_stays(sst2, monkeypatch):
+    """Its weights are those of the step that was best, the first of equals, not of the end."""
+    metrics_in_turn(monkeypatch, "SST-2", [0.1, 0.2, 0.8, 0.5, 0.8, 0.7])
+    done = sst2.run(pred_distill=True, num_train_epochs=5, eval_step=1, learning_rate=1e-3)
+    (end,) = sst2.events("end")
+    assert end["best"] == 0.8
+    assert "dev.tsv chose the checkpoint of step 2" in done.out
+    best = read_bin(sst2.model)
+
+    metrics_in_turn(monkeypatch, "SST-2", [0.1, 0.2])
+    monkeypatch.setattr(trainer, "PERFORMANCE_STEPS", 2)  # the same run, left after its second step
+    sst2.model = sst2.folder / "two_steps"
+    sst2.run(pred_distill=True, num_train_epochs=5, eval_step=1000, learning_rate=1e-3, performance=True)
+    assert_same_weights(best, read_bin(sst2.model))
+
+
+def test_mnli_is_judged_on_both_files_and_matched_chooses(mnli):
+    """Trap 15: the two dev sets' labels are opposed, so that one falls while the other rises."""
+    golden = Golden("mnli_small")
+    header, *rows = golden.case["rows"]
+    for name, label in (("dev_matched", "entailment"), ("dev_mismatched", "neutral")):
+        write_rows(mnli.data / f"{name}.tsv", [header, *([*row[:-1], label] for row in rows)])
+    write_rows(mnli.data / "train.tsv", [header, *([*row[:-1], "entailment"] for row in rows)])
+    done = mnli.run(do_finetune=True, student_model=None, num_train_epochs=6, eval_step=1, learning_rate=1e-3)
+    events = mnli.events("eval")
+    by_file = {
+        name: [e["acc"] for e in events if e["file"] == name] for name in ("dev_matched.tsv", "dev_mismatched.tsv")
+    }
+    assert [len(values) for values in by_file.values()] == [6, 6]
+    matched = by_file["dev_matched.tsv"]
+    assert max(matched) == 1.0 > max(by_file["dev_mismatched.tsv"])
+    assert by_file["dev_mismatched.tsv"][-1] == 0.0
+    (end,) = mnli.events("end")
+    assert end["best"] == 1.0
+    assert "dev_matched.tsv chose the checkpoint" in done.out
+
+    results = [folder / "eval_results.txt" for folder in (mnli.model, mnli.folder / "model-MM")]
+    accuracies = [
+        [
+            float(line.split(" = ")[1])
+            for line in path.read_text(encoding="utf-8").splitlines()
+            if line.startswith("acc")
+        ]
+        for path in results
+    ]
+    assert accuracies == list(by_file.values())
+
+
+def test_mnli_mm_is_judged_on_the_mismatched_file_alone(mnli):
+    (mnli.data / "dev_matched.tsv").unlink()
+    mnli.task, mnli.entry = "mnli-mm", task_distill
+    mnli.run(do_eval=True, student_model=mnli.teacher, teacher_model=None)
+    assert [event["file"] for event in mnli.events("eval")] == ["dev_mismatched.tsv"]
+
+
+@pytest.mark.parametrize("task", ["sst2", "mnli"])
+def test_evaluating_alone_gives_the_figures_of_the_run_that_saved_the_model(task, request):
+    place = request.getfixturevalue(task)
+    place.run(do_finetune=True, student_model=None, num_train_epochs=4, eval_step=1, learning_rate=3e-4)
+    trained = place.events("eval")
+    (end,) = place.events("end")
+    place.student, place.model, place.output = place.model, place.folder / "result", place.folder / "output2"
+    place.run(do_eval=True, teacher_model=None, padding="longest", eval_batch_size=3)
+    judged = place.events("eval")
+    assert judged[0]["acc"] == end["best"]
+    best = next(event for event in trained if event["acc"] == end["best"])
+    assert judged[0]["eval_loss"] == pytest.approx(best["eval_loss"], rel=1e-4)
+
+
+def test_the_root_of_all_folders_is_refused(sst2):
+    told = sst2.fails(do_eval=True, student_model=sst2.teacher, teacher_model=None, output_dir="/")
+    assert told.endswith("/: --output_dir cannot be the root of all folders")
+
+
+def test_both_results_of_mnli_are_copied(mnli):
+    mnli.entry = task_distill
+    mnli.run(do_eval=True, student_model=mnli.teacher, teacher_model=None, data_url=mnli.folder / "copied")
+    for name in ("copied", "copied-MM"):
+        assert "acc = " in (mnli.folder / name / "eval_results.txt").read_text(encoding="utf-8")
+
+
+def test_a_performance_run_does_not_wait_for_the_teachers_own_figures(sst2):
+    sst2.run(performance=True)
+    assert sst2.events("teacher") == []
+
+
+def test_answers_to_batches_of_few_lengths_are_kept_apart(parts, tmp_path):
+    """They differ in their last bits."""
+    _, model, features, _ = parts
+    options = SimpleNamespace(cache=Cache(tmp_path / "kept", 10**6), eval_batch_size=4)
+    for bucketed_lengths, found in ((False, False), (True, False), (False, True), (True, True)):
+        padding = Collator(False, 64, bucketed_lengths=bucketed_lengths)
+        _, seconds = recall(model, "digest", features, padding, options, CPU, Precision())
+        assert (seconds is None) is found
+
+
+@pytest.mark.parametrize(("device", "few"), [("cpu", True), ("cuda", False)])
+def test_half_precision_has_few_lengths_on_a_cpu(device, few):
+    assert TorchMixedPrecision(torch.device(device), torch.bfloat16, "O1", 1.0).bucketed_lengths is few
+
+
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("stage", [{"pred_distill": True}, {}, {"do_eval": True}], ids=str)
+def test_a_run_in_half_precision_pads_to_few_lengths(sst2, monkeypatch, amp, stage):
+    rounded = []
+    monkeypatch.setattr(batching, "next_of_few", lambda length: rounded.append(length) or length)
+    assert sst2.run(amp=amp, amp_dtype="bf16", padding="longest", **stage).status == 0
+    assert bool(rounded) is amp

@@ -1,0 +1,186 @@
+"""What a run tells: FPS of training alone, lines in the known form, files that are appended to."""
+
+import json
+import logging
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from cases import own_logging
+
+from distillation.runtime import logs
+from distillation.runtime.device import Process
+from distillation.runtime.logs import FpsMeter, Progress, RunLog, clock, text_line
+from transformer.errors import UserError
+
+CPU = Process(torch.device("cpu"))
+
+
+@pytest.fixture
+def time(monkeypatch) -> SimpleNamespace:
+    """A clock that stands still until a test moves `now`."""
+    fake = SimpleNamespace(now=1000.0)
+    fake.perf_counter = fake.monotonic = fake.time = lambda: fake.now
+    monkeypatch.setattr(logs, "time", fake)
+    return fake
+
+
+def test_fps_is_the_examples_of_training_by_wall_time(time):
+    """Trap 16: examples that were trained, whatever the batch size of evaluation is."""
+    meter = FpsMeter(CPU, total_steps=4)
+    assert meter.fps() == 0.0
+    for examples in (32, 32, 8):
+        time.now += 2.0
+        meter.count(examples)
+    assert meter.fps() == pytest.approx(72 / 6)
+
+
+def test_evaluation_and_saving_are_no_training_and_reported_beside_it(time):
+    """Trap 16."""
+    meter = FpsMeter(CPU, total_steps=4)
+    for _ in range(4):
+        time.now += 2.0
+        meter.count(10)
+        with meter.pause("evaluation"):
+            time.now += 50.0
+        with meter.pause("saving"):
+            time.now += 7.0
+        assert meter.fps() == pytest.approx(5.0)
+    assert meter.paused == {"evaluation": 200.0, "saving": 28.0}
+
+
+@pytest.mark.parametrize(("total", "left_out"), [(4, 0), (9, 0), (10, 1), (55, 5), (100, 10), (100_000, 10)])
+def test_the_first_steps_are_left_out(time, total, left_out):
+    """Trap 16: they warm caches; a tenth of a short run at most, ten steps of a long one."""
+    meter = FpsMeter(CPU, total)
+    for step in range(min(total, 40)):
+        time.now += 100.0 if step < left_out else 1.0
+        meter.count(5)
+        assert meter.fps() == (0.0 if step < left_out else pytest.approx(5.0))
+
+
+def test_a_pause_among_the_first_steps_is_in_neither(time):
+    """Evaluations before, at and after the last of the steps that are left out."""
+    meter = FpsMeter(CPU, total_steps=30)
+    for _ in range(8):
+        time.now += 1.0
+        meter.count(6)
+        with meter.pause("evaluation"):
+            time.now += 20.0
+    assert meter.fps() == pytest.approx(6.0)
+    assert meter.paused == {"evaluation": 160.0}
+
+
+def test_an_error_in_a_pause_comes_through(time):
+    meter = FpsMeter(CPU, total_steps=4)
+
+    def fail() -> None:
+        with meter.pause("saving"):
+            time.now += 3.0
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert meter.paused == {"saving": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("NPU:0", 0, 99, 94.54, 0.9085), "[NPU:0]  epoch 0 step99 FPS94.54 acc0.9085"),
+        (("GPU:3", 12, 7, 2308.891), "[GPU:3]  epoch 12 step7 FPS2308.89 "),
+        (("CPU:0", 1, 0, 0.0, 0.0), "[CPU:0]  epoch 1 step0 FPS0.00 acc0.0000"),
+    ],
+)
+def test_lines_have_the_originals_fields_in_its_order(arguments, line):
+    assert text_line(*arguments) == line
+
+
+def test_files_are_appended_to(tmp_path):
+    """Trap 17: in the original only the last line survived."""
+    folder = tmp_path / "not" / "there"
+    for epoch in range(2):
+        with own_logging(), RunLog(folder, "train_full_1p_2", CPU) as log:
+            logging.getLogger().setLevel(logging.INFO)
+            logging.getLogger("test").info("run %d", epoch)
+            log.line(epoch, 99, 94.54, 0.9085)
+            log.line(epoch, 199, 95.0)
+            log.record("train", step=epoch, loss=math.nan, best=-math.inf, fps=1.5)
+    text = (folder / "train_full_1p_2.txt").read_text(encoding="utf-8")
+    lines = [f"[CPU:0]  epoch {e} step{s}" for e in range(2) for s in ("99 FPS94.54 acc0.9085", "199 FPS95.00 ")]
+    assert text.splitlines() == lines
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(e["run"], e["event"], e["step"], e["loss"], e["best"], e["fps"]) for e in entries] == [
+        ("train_full_1p_2", "train", step, None, None, 1.5) for step in range(2)
+    ]
+    messages = (folder / "debug_layer_loss.log").read_text(encoding="utf-8").splitlines()
+    assert [line.split(" ", 2)[2] for line in messages] == ["run 0", "run 1"]
+
+
+def test_lines_are_there_at_once_and_not_only_at_the_end(tmp_path):
+    with own_logging(), RunLog(tmp_path, "run", CPU) as log:
+        log.line(0, 0, 1.0)
+        log.record("train")
+        assert (tmp_path / "run.txt").read_text(encoding="utf-8").endswith("FPS1.00 \n")
+        assert (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").endswith("}\n")
+
+
+def test_only_the_main_process_writes(tmp_path):
+    """Trap 25."""
+    with own_logging(), RunLog(tmp_path / "output", "run", Process(torch.device("cpu"), rank=1, world_size=2)) as log:
+        log.line(0, 0, 1.0)
+        log.record("train")
+    assert not (tmp_path / "output").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(UserError, match=r"file: the folder of --fps_acc_dir cannot be made \(File exists\)"):
+        RunLog(tmp_path / "file", "run", CPU)
+
+
+def test_progress_is_a_line_every_ten_seconds_where_there_is_no_terminal(time, caplog, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
+    with caplog.at_level(logging.INFO):
+        progress = Progress("fine-tuning", total=300)
+        for step in range(1, 301):
+            time.now += 0.1
+            progress.advance(lambda step=step: {"loss": f"{step}", "FPS": "7.0"})
+        progress.close()
+    assert [record.getMessage() for record in caplog.records] == [
+        "fine-tuning: step 100 of 300 (33 %), 20 s left, loss 100, FPS 7.0",
+        "fine-tuning: step 200 of 300 (66 %), 10 s left, loss 200, FPS 7.0",
+    ]
+
+
+def test_processes_beside_the_main_one_show_no_progress(time, caplog, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
+    with caplog.at_level(logging.INFO):
+        progress = Progress("fine-tuning", total=3, enabled=False)
+        time.now += 100.0
+        progress.advance()
+        progress.close()
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.4, "0 s"),
+        (45.4, "45 s"),
+        (89.4, "89 s"),
+        (90, "2 min"),
+        (720, "12 min"),
+        (5399, "1 h 30 min"),
+        (11_100, "3 h 05 min"),
+    ],
+)
+def test_seconds_as_people_read_them(seconds, text):
+    assert clock(seconds) == text
+
+
+def test_a_process_is_labelled_by_its_device():
+    assert CPU.label == "CPU:0"
+    assert Process(torch.device("cpu"), rank=3, world_size=4).label == "CPU:3"
+    assert Process(torch.device("cuda", 2), rank=1, world_size=2).label == "GPU:2"
