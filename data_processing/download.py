@@ -1,24 +1,24 @@
-"""Command: fetches the data and the models that README names, or what is at any other address.
+"""Command: download data and models, by name or by address.
 
     python data_processing/download.py sst-2 student teacher-sst-2
     python data_processing/download.py https://host/model.zip#sha256=… --output_dir my_teacher
     python data_processing/download.py --list
 
-Each goes to the folder that the scripts in test/ expect, or to --output_dir. What, from where and how much is told
-before it is fetched. A download that broke off goes on when the command is given again; what is there is never written
-over unless --overwrite_output_dir says so.
+Each goes to the folder where the scripts in test/ expect it, or to --output_dir. The log names source and size.
+The same command resumes a download that broke off. --overwrite_output_dir replaces a folder that holds other files.
 """
 
 from __future__ import annotations
 
 import argparse
+import filecmp
 import logging
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -26,9 +26,9 @@ if __name__ == "__main__":  # as a script, from the repository's root or elsewhe
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_processing.cache import default_folder
-from data_processing.downloads.addresses import Address, hidden, is_address, parse_address
-from data_processing.downloads.archives import Limits, find_folder, only_top_folder
-from data_processing.downloads.store import DOWNLOADS, Downloads
+from data_processing.downloads.addresses import Address, is_address, parse_address, redact
+from data_processing.downloads.archives import MODEL_FILES, Limits, find_folder, only_top_folder
+from data_processing.downloads.store import Downloads
 from transformer.errors import UserError, one_line, printable
 
 logger = logging.getLogger("data_processing.download")
@@ -41,225 +41,171 @@ _MODELS = (
 _DATA = "https://ascend-pytorch-one-datasets.obs.cn-north-4.myhuaweicloud.com/train/zip/SST-2-TinyBert.zip"
 
 
-def has_model(folder: Path) -> bool:
-    """Whether a folder holds a model: config.json and weights."""
-    weights = ("pytorch_model.bin", "model.safetensors")
-    return (folder / "config.json").is_file() and any((folder / name).is_file() for name in weights)
-
-
-def has_data(folder: Path) -> bool:
-    """Whether a folder holds a task's files as GLUE names them."""
-    return (folder / "train.tsv").is_file()
-
-
 @dataclass(frozen=True)
-class Archive:
-    """One of the archives with a name: what it is, where it goes, and which of its folders is meant."""
+class Download:
+    """Something to download.
+
+    what: its description. address: where it is. folder: where it goes. files: what its folder in the archive holds, for
+    `find_folder`; without any it is all that the archive holds.
+    """
 
     what: str
-    address: str
+    address: Address
     folder: Path
-    is_wanted: Callable[[Path], bool]
-    wanted: str
+    files: Sequence[Sequence[str]] = ()
 
 
-_MODEL_FILES = "config.json and weights"
-ARCHIVES = {
-    "sst-2": Archive("the SST-2 data", _DATA, Path("glue_dir/SST-2"), has_data, "train.tsv"),
-    "student": Archive(
-        "the generally distilled student", _MODELS[0], Path("general_tinybert"), has_model, _MODEL_FILES
+DOWNLOADS = {
+    "sst-2": Download("the SST-2 data", parse_address(_DATA), Path("glue_dir/SST-2"), (("train.tsv",),)),
+    "student": Download(
+        "the generally distilled student", parse_address(_MODELS[0]), Path("general_tinybert"), MODEL_FILES
     ),
-    "teacher-sst-2": Archive(
-        "the teacher fine-tuned on SST-2", _MODELS[1], Path("bert_base_uncased_ft_sst"), has_model, _MODEL_FILES
+    "teacher-sst-2": Download(
+        "the teacher fine-tuned on SST-2", parse_address(_MODELS[1]), Path("bert_base_uncased_ft_sst"), MODEL_FILES
     ),
-    "teacher-mnli": Archive(
-        "the teacher fine-tuned on MNLI", _MODELS[2], Path("bert_base_uncased_ft_mnli"), has_model, _MODEL_FILES
+    "teacher-mnli": Download(
+        "the teacher fine-tuned on MNLI", parse_address(_MODELS[2]), Path("bert_base_uncased_ft_mnli"), MODEL_FILES
     ),
 }
 
 
-@dataclass(frozen=True)
-class _Wanted:
-    """What the command line asks for: an address, the folder that it goes to, and the name of an archive or None."""
-
-    name: str | None
-    address: Address
-    target: Path
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{hidden(message)} (see --help)")
+        raise UserError(f"{redact(message)} (see --help)")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parse_flags(arguments: Sequence[str]) -> argparse.Namespace:
     limits = Limits()
     parser = _Parser(
         prog="data_processing/download.py", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(ARCHIVES)}; or an address")
-    parser.add_argument("--list", action="store_true", help="name the archives with their addresses, fetch nothing")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(DOWNLOADS)}; or an address")
     parser.add_argument(
-        "--output_dir", "--to", type=Path, help="where it goes (default: where the scripts in test/ look for it)"
+        "--list", action="store_true", help="print the names with their addresses, and download nothing"
     )
     parser.add_argument(
-        "--overwrite_output_dir", action="store_true", help="replace the folder that it goes to, and all that is in it"
+        "--output_dir", "--to", type=Path, help="the folder to create (default: where the scripts in test/ expect it)"
     )
-    parser.add_argument("--sha256", help="of the file, in hexadecimal digits; another content is refused")
-    parser.add_argument("--cache_dir", type=Path, help="where downloads are kept (default: ~/.cache/tinybert)")
-    parser.add_argument(
-        "--most_gigabytes",
-        type=float,
-        default=limits.gigabytes,
-        help="of a download and its content (%(default)s)",
-    )
-    parser.add_argument(
-        "--most_ratio", type=float, default=limits.ratio, help="times an archive may expand to its size (%(default)s)"
-    )
-    parser.add_argument(
-        "--most_entries", type=int, default=limits.entries, help="files and folders in an archive (%(default)s)"
-    )
-    return parser
+    parser.add_argument("--overwrite_output_dir", action="store_true", help="replace that folder with all files in it")
+    parser.add_argument("--sha256", help="of the downloaded file, in hexadecimal digits; any other file is refused")
+    parser.add_argument("--cache_dir", type=Path, help="the cache folder of downloads (default: ~/.cache/tinybert)")
+    for name, default, what in (
+        ("--most_gigabytes", limits.gigabytes, "a download and its content"),
+        ("--most_ratio", limits.ratio, "the size of an archive's content to its own"),
+        ("--most_entries", limits.entries, "files and folders in an archive"),
+    ):
+        parser.add_argument(name, type=type(default), default=default, help=f"limit on {what} (%(default)s)")
+    flags = parser.parse_args(list(arguments))
+    if not all(0 < value < 1e9 for value in (flags.most_gigabytes, flags.most_ratio, flags.most_entries)):
+        raise UserError("--most_gigabytes, --most_ratio and --most_entries are numbers above 0 and below a billion")
+    return flags
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Fetches what the command line names.
+    """Download what the command line names.
 
     Raises:
-        UserError: something of it cannot be had, or is there already.
+        UserError: something cannot be downloaded, or its folder holds other files already.
     """
-    flags = _parser().parse_args(list(arguments))
+    flags = _parse_flags(arguments)
     if flags.list:
-        for name, archive in ARCHIVES.items():
-            print(f"{name}: {archive.what}, to {archive.folder}, from {archive.address}")
+        for name, known in DOWNLOADS.items():
+            print(f"{name}: {known.what}, to {known.folder}, from {known.address.url}")
         return
-    wanted = _wanted(flags)
     cache = flags.cache_dir or default_folder()
     if cache is None:
-        raise UserError("there is no home folder to keep downloads in; give --cache_dir")
-    if not all(0 < value < 1e9 for value in (flags.most_gigabytes, flags.most_ratio, flags.most_entries)):
-        raise UserError("--most_gigabytes, --most_ratio and --most_entries are numbers above 0 and below a billion")
-    limits = Limits(flags.most_gigabytes, flags.most_ratio, flags.most_entries)
-    for one in wanted:
-        _check_target(one.target, flags.overwrite_output_dir, may_be_the_same=True)
-    for one in wanted:
-        logger.info("%s: from %s, to %s", _what(one), one.address.shown, one.target)
-    for one in wanted:
-        _fetch(one, Downloads(cache / DOWNLOADS, limits), flags.overwrite_output_dir)
+        raise UserError("there is no home folder for the cache; give --cache_dir")
+    wanted = _wanted(flags)
+    for download in wanted:
+        _check_folder(download.folder, flags.overwrite_output_dir)
+        logger.info("%s: from %s, to %s", download.what, download.address.redacted, download.folder)
+    downloads = Downloads(cache, Limits(flags.most_gigabytes, flags.most_ratio, flags.most_entries))
+    for download in wanted:
+        content = downloads.get(download.address)
+        redacted = download.address.redacted
+        source = find_folder(content, download.files, redacted) if download.files else only_top_folder(content)
+        if _is_copied(source, download.folder):
+            logger.info("%s: is there already", download.folder)
+            continue
+        try:
+            _copy_folder(source, download.folder, flags.overwrite_output_dir)
+        except OSError as error:
+            raise UserError(f"{download.folder}: cannot be written ({error.strerror or error})") from None
+        logger.info("%s: done; the download stays in %s", download.folder, content.parent)
 
 
-def _what(one: _Wanted) -> str:
-    return ARCHIVES[one.name].what if one.name is not None else one.address.name
-
-
-def _wanted(flags: argparse.Namespace) -> list[_Wanted]:
+def _wanted(flags: argparse.Namespace) -> list[Download]:
     if not flags.names:
-        raise UserError(f"name what is to be fetched: {', '.join(ARCHIVES)}, or an address (see --help)")
+        raise UserError(f"name what to download: {', '.join(DOWNLOADS)}, or an address (see --help)")
     if len(flags.names) > 1 and (flags.output_dir is not None or flags.sha256 is not None):
         raise UserError("--output_dir and --sha256 are for one download; give the command once for each")
     wanted = []
     for name in flags.names:
-        archive = ARCHIVES.get(name.lower())
-        if archive is not None:
-            address = parse_address(archive.address, flags.sha256)
-            wanted.append(_Wanted(name.lower(), address, flags.output_dir or archive.folder))
-        elif is_address(name):
-            if flags.output_dir is None:
-                raise UserError(f"{hidden(name)}: give the folder that it goes to, --output_dir")
-            wanted.append(_Wanted(None, parse_address(name, flags.sha256), flags.output_dir))
+        if name.lower() in DOWNLOADS:
+            known = DOWNLOADS[name.lower()]
+            address = parse_address(known.address.url, flags.sha256)
+            wanted.append(replace(known, address=address, folder=flags.output_dir or known.folder))
+        elif not is_address(name):
+            raise UserError(f"{name}: is neither an address nor one of {', '.join(DOWNLOADS)}")
+        elif flags.output_dir is None:
+            raise UserError(f"{redact(name)}: give --output_dir, the folder to create")
         else:
-            raise UserError(f"{name}: is neither an address nor one of {', '.join(ARCHIVES)}")
-    if len({one.target for one in wanted}) < len(wanted):
-        raise UserError("one name stands twice")
+            address = parse_address(name, flags.sha256)
+            wanted.append(Download(address.name, address, flags.output_dir))
+    if len({download.folder for download in wanted}) < len(wanted):
+        raise UserError("one name is given twice")
     return wanted
 
 
-def _check_target(target: Path, overwrite: bool, may_be_the_same: bool) -> None:
-    """Checks, and makes nothing, that a folder may be made or filled. Raises UserError."""
+def _check_folder(folder: Path, overwrite: bool) -> None:
+    """Check that a folder can be created or filled, before anything is downloaded. Raises UserError."""
     try:
-        if target.exists() and not target.is_dir():
-            raise UserError(f"{target}: is a file, --output_dir needs a folder")
-        existing = next(parent for parent in target.absolute().parents if parent.exists())
+        existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-            raise UserError(f"{target}: cannot be made ({existing} is no folder that you may write)")
-        if overwrite and target.resolve() in (Path.cwd(), *Path.cwd().parents, Path.home()):
-            raise UserError(f"{target}: is no folder to be replaced as a whole; give another one")
-        if not may_be_the_same and not overwrite and target.is_dir() and any(target.iterdir()):
-            raise UserError(
-                f"{target}: is not empty; give another folder, or --overwrite_output_dir to replace all that is in it"
-            )
+            raise UserError(f"{folder}: cannot be created; {existing} is no folder, or not writable")
+        if overwrite and folder.resolve() in (Path.cwd(), *Path.cwd().parents, Path.home()):
+            raise UserError(f"{folder}: is refused with --overwrite_output_dir; give another folder")
     except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{target}: cannot be used as --output_dir ({reason})") from None
+        raise UserError(f"{folder}: cannot be used as --output_dir ({reason})") from None
 
 
-def _fetch(one: _Wanted, downloads: Downloads, overwrite: bool) -> None:
-    content = downloads.get(one.address)
-    if one.name is not None:
-        archive = ARCHIVES[one.name]
-        source = find_folder(content, archive.is_wanted, one.address.shown, archive.wanted)
-    else:
-        source = only_top_folder(content)
-    if _is_same(source, one.target):
-        logger.info("%s: is there already", one.target)
-        return
-    _check_target(one.target, overwrite, may_be_the_same=False)
-    try:
-        _put(source, one.target)
-    except OSError as error:
-        raise UserError(f"{one.target}: cannot be written ({error.strerror or error})") from None
-    logger.info("%s: done; the download itself stays in %s", one.target, content.parent)
-
-
-def _is_same(source: Path, target: Path) -> bool:
-    """Whether a folder holds every file of another, of the same sizes and times."""
+def _is_copied(source: Path, target: Path) -> bool:
+    """Return whether a folder holds every file of another, with the same sizes and times."""
     for path in source.rglob("*"):
-        if path.is_dir():
-            continue
-        try:
-            there, here = (target / path.relative_to(source)).stat(), path.stat()
-        except OSError:
-            return False
-        if (there.st_size, there.st_mtime_ns) != (here.st_size, here.st_mtime_ns):
+        copy = target / path.relative_to(source)
+        if path.is_file() and not (
+            copy.is_file() and filecmp.cmp(path, copy)
+        ):  # reads the contents only where the times differ
             return False
     return True
 
 
-def _put(source: Path, target: Path) -> None:
-    """Copies a folder to its place, whole or not at all; what was there goes last. Raises OSError."""
+def _copy_folder(source: Path, target: Path, overwrite: bool) -> None:
+    """Copy a folder, completely or not at all; an existing one is removed last. Raises OSError, UserError."""
+    if not overwrite and target.is_dir() and any(target.iterdir()):
+        advice = "give another folder, or --overwrite_output_dir to replace all that is in it"
+        raise UserError(f"{target}: is not empty; {advice}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    size = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
-    free = shutil.disk_usage(target.parent).free
-    if size > free:
-        raise OSError(None, f"it takes {size / 1e9:.3g} GB, there are {free / 1e9:.3g} GB free")
     beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         shutil.copytree(source, beside / "new")
-        for path in (beside / "new").rglob("*"):
-            if path.is_file():
-                with path.open("rb+") as file:
-                    os.fsync(file.fileno())
         if target.exists():
             os.rename(target, beside / "old")
-        try:
-            os.rename(beside / "new", target)
-        except OSError:
-            if (beside / "old").exists():
-                os.rename(beside / "old", target)
-            raise
+        os.rename(beside / "new", target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-class _Lines(logging.Formatter):
+class _PrintableFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return printable(record.getMessage())
 
 
 def run() -> int:
-    """The command: its exit status is 2, after one line, where the user's mistake or a server ended it."""
+    """Run the command; return its exit status: 2, after one line, for a mistake of the user or a failing server."""
     handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(_Lines())
+    handler.setFormatter(_PrintableFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     try:
         main(sys.argv[1:])
@@ -267,7 +213,7 @@ def run() -> int:
         print(f"data_processing/download.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(one_line("stopped; the same command goes on where it was"), file=sys.stderr)
+        print(one_line("stopped; the same command resumes"), file=sys.stderr)
         return 130
     return 0
 

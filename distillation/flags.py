@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from data_processing.downloads.addresses import Address, hidden, is_address, parse_address
+from data_processing.downloads.addresses import Address, is_address, parse_address, redact
 from transformer.errors import UserError
 
 
@@ -68,7 +68,7 @@ class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose mistakes are UserErrors, so that they are told as one line."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{hidden(message)} (see --help)")
+        raise UserError(f"{redact(message)} (see --help)")
 
 
 def build_parser(entry: Entry) -> argparse.ArgumentParser:

@@ -24,7 +24,7 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import distributed
 
-from distillation.addresses import fetched
+from distillation.fetch import fetch_addresses
 from distillation.options import Options, Stage
 from distillation.runs import train
 from distillation.runtime.device import (
@@ -122,7 +122,7 @@ def launch(options: Options) -> None:
             return
         check_ids(kind, options.device_list)
         _check_places_before_fetching(options, Process(torch.device("cpu")))
-        options = fetched(options)
+        options = fetch_addresses(options)
         if len(options.device_list) == 1:
             train.run(options, Process(open_device(kind, options.device_list[0])), signals)
         else:
@@ -149,7 +149,9 @@ def _run_under_torchrun(options: Options, kind: str, signals: Signals) -> None:
         if options.addresses:
             with process.raise_on_all_ranks():
                 _check_places_before_fetching(options, process)
-            options = local_rank_zero_first(process, partial(fetched, options, ask=process.is_local_rank_zero))
+            options = local_rank_zero_first(
+                process, partial(fetch_addresses, options, refresh=process.is_local_rank_zero)
+            )
         train.run(options, process, signals)
     except RuntimeError as error:
         if not _is_of_a_connection(error):

@@ -14,7 +14,6 @@ from typing import Any
 
 from data_processing.cache import Cache, default_folder
 from data_processing.downloads.addresses import Address
-from data_processing.downloads.store import DOWNLOADS
 from data_processing.task_files import read_task_file
 from data_processing.tasks import Task, find_task
 from distillation.flags import Entry, build_parser, path
@@ -40,8 +39,8 @@ class Options:
     """A run's settings, checked. Fields are named as their flags.
 
     addresses: what is to be fetched before the run, by the field that names its folder then; until then that field
-        shows the address. It is empty once `addresses.fetched` has done it.
-    downloads: the folder in which it is kept.
+        shows the address. It is empty once `fetch_addresses` has replaced them.
+    downloads: the cache folder in which it is kept.
     fetched_from: the addresses, without credentials, of what has been fetched, by the same fields.
     """
 
@@ -193,9 +192,9 @@ def _addresses(values: Mapping[str, Any]) -> dict[str, Any]:
     folder = path(values["cache_dir"]) if values["cache_dir"] else default_folder()
     if folder is None:
         name, address = next(iter(addresses.items()))
-        raise UserError(f"--{name} {address.shown}: there is no home folder to keep it in; give --cache_dir")
-    shown = {name: Path(address.shown) for name, address in addresses.items()}
-    return {**shown, "addresses": addresses, "downloads": folder / DOWNLOADS}
+        raise UserError(f"--{name} {address.redacted}: there is no home folder to keep it in; give --cache_dir")
+    shown = {name: Path(address.redacted) for name, address in addresses.items()}
+    return {**shown, "addresses": addresses, "downloads": folder}
 
 
 def _lower_case(flag: bool, task: Task) -> bool | None:

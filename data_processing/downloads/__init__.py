@@ -1,1 +1,1 @@
-"""Addresses, transfers, archives and the store of downloaded files."""
+"""Download files by address: parse it, transfer the file, unpack it, keep it in the cache folder."""

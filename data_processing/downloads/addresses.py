@@ -1,7 +1,7 @@
-"""Addresses that the user gives in place of a folder: http://, https:// and s3://, with what they are called here.
+"""Parse the addresses that a user may give in place of a folder: http://, https:// and s3://.
 
-An address may hold credentials, in front of its host or behind its `?`. They are sent and never shown or stored:
-`shown` is for messages, and `key`, a hash, names the folder of what was fetched. Nothing here opens an address.
+An address may hold credentials: in front of its host, or in its query. They are sent to the server, and never shown or
+stored: messages show `redacted`, and the cache folder is named by `key`, a hash. This module opens no connection.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from transformer.errors import UserError, printable
 SCHEMES = ("http", "https", "s3")
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _ADDRESS_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S*")
-# What signs an address for a while: the same file is asked for with others each time. The rest count only beside one
-# of the first kind: by itself `key=` or `sp=` may say which file is meant.
+# Query parameters of signed addresses, which differ from one request for a file to the next. Those of the second
+# pattern are ignored only beside one of the first: alone, `key=` or `sp=` may name the file.
 _SIGNATURE = re.compile(r"sig|signature|q-signature|x-(amz|goog|obs|oss|cos)-signature", re.IGNORECASE)
 _SIGNED_WITH = re.compile(
     r"x-(amz|goog|obs|oss|cos)-(algorithm|credential|date|expires|signed-?headers|security-token|signature-version)"
@@ -31,9 +31,9 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Address:
-    """Where a file is.
+    """The address of a file.
 
-    url: with credentials, for the request alone. sha256: of its content, in hexadecimal digits, where it is known.
+    url: with credentials, for the request only. sha256: the file's expected digest in hexadecimal, or None.
     """
 
     url: str = field(repr=False)
@@ -41,27 +41,24 @@ class Address:
 
     @property
     def scheme(self) -> str:
-        """http, https or s3."""
+        """One of SCHEMES."""
         return urlsplit(self.url).scheme.lower()
 
     @property
-    def shown(self) -> str:
+    def redacted(self) -> str:
         """The address without credentials, for messages and files."""
-        return _shown(self.url)
+        return _redact_url(self.url)
 
     @property
     def name(self) -> str:
-        """What a file from there is called on this disk."""
+        """A file name without path, derived from the address."""
         last = printable(unquote(urlsplit(self.url).path).rstrip("/").rsplit("/", 1)[-1])
         safe = re.sub(r'[\\/:*?"<>|\s]', "_", last).lstrip(".").encode()[:120].decode(errors="ignore")
         return safe or "download"
 
     @property
     def key(self) -> str:
-        """A name for what is fetched from there: the same with another password, or another signature that expires.
-
-        Of all else in the address it holds a hash, so two files never share a name.
-        """
+        """A hash of the address without its password and without a signature that expires."""
         parts = urlsplit(self.url)
         host = parts.netloc.rpartition("@")[2].lower()
         named = [(unquote(part.partition("=")[0]), part) for part in parts.query.split("&")]
@@ -72,24 +69,25 @@ class Address:
 
 
 def is_address(text: str) -> bool:
-    """Whether a text is an address and no folder's name."""
+    """Return whether a text is an address rather than the name of a folder."""
     return bool(_ADDRESS.match(text))
 
 
 def parse_address(text: str, sha256: str | None = None) -> Address:
-    """The address in a text, as a user gives it: `https://host/path/file.zip#sha256=…`, the end being optional.
+    """Parse an address such as `https://host/path/file.zip#sha256=…`, the end being optional.
 
     Args:
-        text: the address. sha256: of its content, where it is given elsewhere.
+        text: the address.
+        sha256: the file's digest, where it is given elsewhere.
 
     Raises:
-        UserError: it is no address that can be fetched, or its sha256 is none.
+        UserError: the text is no address of a known scheme, or the digest is malformed.
     """
     url, _, fragment = text.partition("#")
-    shown = _shown(url)
+    shown = _redact_url(url)
     try:
         parts = urlsplit(url)
-        host, _ = parts.hostname, parts.port  # the port is checked where it is read
+        host, _ = parts.hostname, parts.port  # reading the port checks it
     except ValueError:
         raise UserError(f"{shown}: is no address; expected one such as https://host/path/file.zip") from None
     if parts.scheme.lower() not in SCHEMES:
@@ -99,23 +97,22 @@ def parse_address(text: str, sha256: str | None = None) -> Address:
     if fragment:
         kind, _, value = fragment.partition("=")
         if kind != "sha256" or sha256 is not None:
-            raise UserError(f"{shown}: what follows # is not understood; expected #sha256=…, once")
+            raise UserError(f"{shown}: the part after # is not understood; expected #sha256=…, once")
         sha256 = value
     if sha256 is not None and not _SHA256.fullmatch(sha256.lower()):
         raise UserError(f"{shown}: its sha256 is {sha256[:80]!r}, expected 64 hexadecimal digits")
     return Address(url, sha256.lower() if sha256 is not None else None)
 
 
-def _shown(url: str) -> str:
-    """An address, all of the text, without what may be a credential."""
+def redact(text: str) -> str:
+    """Return a text, such as a command line, without the credentials of the addresses in it."""
+    return _ADDRESS_IN_TEXT.sub(lambda found: _redact_url(found[0]), text)
+
+
+def _redact_url(url: str) -> str:
     scheme, _, rest = url.partition("://")
     place, question, query = rest.partition("?")
     _, at, host = place.rpartition("@")
-    if not at and "@" in query and ":" in place.partition("/")[0]:  # perhaps a password that holds a question mark
+    if not at and "@" in query and ":" in place.partition("/")[0]:  # perhaps a password with a question mark in it
         return f"{scheme}://…"
     return f"{scheme}://{'…@' if at else ''}{host}{'?…' if question else ''}"
-
-
-def hidden(text: str) -> str:
-    """A text, such as a command line, in which no address shows what may be a credential."""
-    return _ADDRESS_IN_TEXT.sub(lambda found: _shown(found[0]), text)

@@ -23,7 +23,7 @@ import tokenizers
 import torch
 
 from data_processing.cache import file_digest
-from data_processing.downloads.addresses import Address, hidden
+from data_processing.downloads.addresses import Address, redact
 from data_processing.tasks import Task
 from distillation.options import Options
 from distillation.runtime.device import Process
@@ -83,11 +83,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, (str, Path)):
-        return hidden(str(value))
+        return redact(str(value))
     if isinstance(value, Mapping):
         return {key: _plain(part) for key, part in value.items()}
     if isinstance(value, Address):
-        return value.shown
+        return value.redacted
     if isinstance(value, (list, tuple)):
         return [_plain(part) for part in value]
     return (

@@ -41,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from safetensors.torch import save
 
-from data_processing.downloads.addresses import hidden, parse_address
+from data_processing.downloads.addresses import parse_address, redact
 from data_processing.downloads.archives import unpack
 from data_processing.examples import read_examples, read_unlabelled
 from data_processing.task_files import read_task_file
@@ -205,7 +205,7 @@ def _read_address(path: Path) -> None:
     address = parse_address(text)
     assert address.key
     assert "/" not in address.name
-    assert len(hidden(text)) <= 4 * len(text) + 10
+    assert len(redact(text)) <= 4 * len(text) + 10
 
 
 def _vectors() -> list[tuple[str, bytes]]:
