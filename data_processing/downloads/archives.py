@@ -29,18 +29,8 @@ _PIECE = 2**20
 _LONGEST_NAME = 1000
 _MEASURED_FROM = 100 * 2**20  # bytes; smaller content is no bomb, whatever its ratio
 _STRAY = ("__MACOSX", ".DS_Store")  # macOS adds them to archives
-_BROKEN = (
-    *(gzip.BadGzipFile, zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError),
-    *(
-        struct.error,
-        NotImplementedError,
-        RuntimeError,
-        ValueError,
-        IndexError,
-        OverflowError,
-        MemoryError,
-    ),  # of zipfile
-)
+_BROKEN: tuple[type[Exception], ...] = (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError)
+_BROKEN += (struct.error, RuntimeError, ValueError, IndexError, OverflowError, MemoryError)  # from zipfile
 
 
 class BeyondLimits(UserError):
@@ -73,6 +63,11 @@ class _Entry(NamedTuple):
     info: Any
     is_folder: bool
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of the folders and of the file."""
+        return PureWindowsPath(self.name).parts  # separates at / and \ on every system
+
 
 def is_archive(path: Path) -> bool:
     """Return whether a file's first bytes are those of an archive that `unpack` can read."""
@@ -97,13 +92,13 @@ def unpack(path: Path, folder: Path, limits: Limits | None = None, what: str = "
     try:
         with _open(path, limits, what) as archive:
             read: Any = archive.open if isinstance(archive, zipfile.ZipFile) else archive.extractfile
-            for parts, size, info in _checked_files(archive, path, limits, what):
-                target = temporary.joinpath(*parts)
+            for entry in _checked_files(archive, path, limits, what):
+                target = temporary.joinpath(*entry.parts)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                with read(info) as source, target.open("xb") as copy:  # x refuses a second file of the same name
+                with read(entry.info) as source, target.open("xb") as copy:  # x refuses a second file of this name
                     shutil.copyfileobj(source, copy, _PIECE)
-                    if copy.tell() != size:
-                        raise EOFError(f"{'/'.join(parts)!r} is shorter than stated")
+                    if copy.tell() != entry.size:
+                        raise EOFError(f"{entry.name!r} is shorter than stated")
         os.chmod(temporary, folder.parent.stat().st_mode & 0o777)  # mkdtemp denies access to all but the owner
         os.rename(temporary, folder)
     except _BROKEN as error:
@@ -192,24 +187,24 @@ def _open(path: Path, limits: Limits, what: str) -> Iterator[zipfile.ZipFile | t
         raise UserError(f"{what}: is no .zip, .tar, .tar.gz or .tgz file")
 
 
-def _checked_files(archive: Any, path: Path, limits: Limits, what: str) -> list[tuple[Any, int, Any]]:
-    """Return the parts of the relative path, the size and the record of each file. Raises UserError."""
+def _checked_files(archive: Any, path: Path, limits: Limits, what: str) -> list[_Entry]:
+    """Return an archive's files, after every check that needs no writing. Raises UserError."""
     room = min(limits.bytes, max(_MEASURED_FROM, round(limits.ratio * path.stat().st_size)))
     files = []
     total = 0
     entries = _zip_entries if isinstance(archive, zipfile.ZipFile) else _tar_entries
-    for number, (name, size, info, is_folder) in enumerate(entries(archive, what), start=1):
-        total += size
+    for number, entry in enumerate(entries(archive, what), start=1):
+        total += entry.size
         if number > limits.entries:
             raise BeyondLimits(f"{what}: holds more than {limits.entries} files and folders (--most_entries)")
         if total > room:
             most = f"{room / 1e9:.3g} GB, {limits.ratio:g} times its own size or the most that is allowed"
             raise BeyondLimits(f"{what}: expands to more than {most} (--most_ratio, --most_gigabytes)")
-        relative = PureWindowsPath(name)  # separates at / and \, and knows drives
-        if relative.anchor or ".." in relative.parts or "\0" in name or len(name) > _LONGEST_NAME:
-            raise UserError(f"{what}: {name[:100]!r} in it leads out of the target folder, or is no valid name")
-        if not is_folder:
-            files.append((relative.parts, size, info))
+        leads_out = bool(PureWindowsPath(entry.name).anchor) or ".." in entry.parts
+        if leads_out or "\0" in entry.name or len(entry.name) > _LONGEST_NAME:
+            raise UserError(f"{what}: {entry.name[:100]!r} in it leads out of the target folder, or is no valid name")
+        if not entry.is_folder:
+            files.append(entry)
     free = shutil.disk_usage(path.parent).free
     if total > free:
         raise BeyondLimits(f"{what}: unpacking needs {total / 1e9:.3g} GB, the disk has {free / 1e9:.3g} GB free")

@@ -33,7 +33,6 @@ logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
 _PIECE = 2**17
-_MOST_REDIRECTS = 5
 _LONGEST_WAIT = 600.0  # seconds that a server may ask to wait for
 _TRANSIENT = (408, 425, 429, 500, 502, 503, 504)  # statuses that another attempt may not meet
 _PROGRESS = 2**20  # bytes; an attempt that gains as much does not count as failed
@@ -91,7 +90,7 @@ class Transfer:
         fresh = retry = urllib3.Retry(attempts - 1, backoff_factor=self.policy.backoff)
         most = self._received()
         with requests.Session() as session:  # takes proxies from the environment
-            session.max_redirects = _MOST_REDIRECTS
+            session.max_redirects = 5
             if self.address.scheme == "https":
                 session.adapters.pop("http://")  # no redirect may lead from https to http
             while True:
@@ -120,18 +119,21 @@ class Transfer:
     def _request(self, session: requests.Session) -> requests.Response:
         headers = {"Accept-Encoding": "identity", "User-Agent": "tinybert-download"}
         validator = read_part(self.folder)[0]
-        if validator is None or validator.startswith("W/"):  # If-Range needs a strong ETag or a date
+        if validator is None or validator.startswith("W/"):
             drop_part(self.folder)
         if self._received():
             headers |= {"Range": f"bytes={self._received()}-", "If-Range": validator or ""}
         elif self.kept:
             headers["If-None-Match" if '"' in self.kept else "If-Modified-Since"] = self.kept
-        return session.get(self.address.url, headers=headers, stream=True, timeout=self.policy.timeout)
+        parts = urlsplit(self.address.url)
+        auth = (unquote(parts.username), unquote(parts.password or "")) if parts.username else None
+        return session.get(self.address.url, headers=headers, auth=auth, stream=True, timeout=self.policy.timeout)
 
     def _receive(self, response: requests.Response) -> bool:
         """Write a response's content to `part`. Returns and raises as `run`, and TransientError."""
         status, headers, have = response.status_code, response.headers, self._received()
-        validator = headers.get("ETag") or headers.get("Last-Modified")
+        etag, date = headers.get("ETag", ""), headers.get("Last-Modified")
+        validator = date if date and etag.startswith("W/") else etag or date  # with a weak ETag none can resume
         if self.kept and not have and (status == 304 or (status == 200 and validator == self.kept)):
             return False
         if status == 200:
@@ -231,12 +233,9 @@ class Transfer:
             return text
         if "CERTIFICATE" in text.upper():
             raise self._error("the server's certificate cannot be trusted")
-        if isinstance(error, requests.TooManyRedirects):
-            raise self._error(f"the server redirects more than {_MOST_REDIRECTS} times")
-        if isinstance(error, requests.exceptions.InvalidSchema):
-            raise self._error("the server redirects from https to http or to another scheme, which is not safe")
-        if isinstance(error, ValueError):
-            raise self._error(f"the address, a redirect or the environment's proxy is invalid ({type(error).__name__})")
+        if isinstance(error, (ValueError, requests.TooManyRedirects)):  # ValueError: of all libraries for addresses
+            kind = type(error).__name__
+            raise self._error(f"the address, its redirect or the environment's proxy is invalid or not safe ({kind})")
         if isinstance(error, requests.exceptions.ProxyError):
             return "the proxy cannot be reached"
         if isinstance(error, (requests.Timeout, urllib3.exceptions.TimeoutError)):
@@ -274,13 +273,8 @@ def drop_part(folder: Path) -> None:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a small file atomically."""
-    temporary = path.with_suffix(".new")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(values, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Write a small file. Where a process is killed meanwhile, `read_json` takes it for an absent one."""
+    path.write_text(json.dumps(values), encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import cases
 import pytest
 import torch
 from hypothesis import settings
+from site_with_faults import Site
 
 # Of the property tests: the same examples each time; `--hypothesis-profile=thorough` tries more, and new ones.
 settings.register_profile("usual", max_examples=50, deadline=None, derandomize=True, database=None)
@@ -49,3 +50,11 @@ def sst2(tmp_path) -> cases.Workplace:
 def mnli(tmp_path) -> cases.Workplace:
     """The golden MNLI case as a user's folders: nine pairs, a teacher of eight layers, a student of two."""
     return cases.Golden("mnli_small").workplace(tmp_path)
+
+
+@pytest.fixture
+def site() -> Iterator[Site]:
+    """A web server on this machine, for downloads."""
+    site = Site()
+    yield site
+    site.close()

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from cases import ROOT
-from site_with_faults import Site
 
 import main as main_entry
 import task_distill
@@ -17,13 +16,6 @@ from distillation.options import parse_options
 from transformer.errors import UserError
 
 NAMES = {"teacher_model": "teacher", "student_model": "student", "data_dir": "data"}
-
-
-@pytest.fixture
-def site():
-    site = Site()
-    yield site
-    site.close()
 
 
 def zipped(folder: Path) -> bytes:

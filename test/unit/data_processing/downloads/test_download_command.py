@@ -10,20 +10,13 @@ from pathlib import Path
 
 import pytest
 from cases import ROOT
-from site_with_faults import Site, sends
+from site_with_faults import sends
 
 from data_processing import download
 from data_processing.downloads.addresses import parse_address
 from transformer.errors import UserError
 
 CONTENT = bytes(range(256)) * 40
-
-
-@pytest.fixture
-def site():
-    site = Site()
-    yield site
-    site.close()
 
 
 @pytest.fixture
