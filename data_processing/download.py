@@ -160,7 +160,8 @@ def _wanted(flags: argparse.Namespace) -> list[Download]:
 def _check_folder(folder: Path, overwrite: bool) -> None:
     """Check that a folder can be created or filled, before anything is downloaded. Raises UserError."""
     try:
-        existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        place = folder.absolute().parent if folder.is_dir() else folder.absolute()
+        existing = next(path for path in (place, *place.parents) if path.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
             raise UserError(f"{folder}: cannot be created; {existing} is no folder, or not writable")
         if overwrite and folder.resolve() in (Path.cwd(), *Path.cwd().parents, Path.home()):
