@@ -27,9 +27,10 @@ if __package__ in (None, ""):  # python data_processing/data_augmentation.py: th
 from data_processing.augmentation.augmenter import BLOCK, Settings
 from data_processing.augmentation.resumable_file import UnfinishedFile
 from data_processing.cache import file_digest
+from data_processing.examples import TextRows
+from data_processing.tables import ENCODING
 from data_processing.task_files import read_task_file
 from data_processing.tasks import Task, find_task
-from data_processing.text_rows import ENCODING, TextRows
 from distillation.checkpoints.outputs import save_model
 from distillation.flags import HelpFormatter, OneLineParser, path
 from distillation.launch import run_entry

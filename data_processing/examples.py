@@ -1,16 +1,19 @@
-"""A task's examples: which cells of its files are texts, labels and ids, and what they may be."""
+"""Read a task's examples from its files: which cells are texts, labels and ids, and which values they may have."""
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_processing.tables import Table, read_table, shortened
+from data_processing.tables import Table, cells_of, open_table, shortened
 from data_processing.tasks import Column, Task
 from transformer.errors import UserError
 
@@ -19,10 +22,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Examples:
-    """The rows of a file: their texts, one list for each text column, and labels [examples].
+    """The texts and labels of a file's rows.
 
-    Labels are ids (int64), or scores (float32) where the task is a regression; zeros where the file has none.
-    ids: what the rows of a test file are called.
+    texts: one list per text column. labels: [examples] ids (int64), or scores (float32) where the task is a
+    regression; zeros if the file has none. ids: [examples] the names of the rows of a test file.
     """
 
     texts: tuple[list[str], ...]
@@ -34,162 +37,196 @@ class Examples:
 
 
 def read_examples(path: Path, task: Task) -> Examples:
-    """Reads a train or dev file of a task.
+    """Read a train or dev file of a task.
 
     Raises:
-        UserError: no such file, no rows, a column that is not there, a row with too few columns, a label
-            that the task does not name, or a score that is no number; the message names file and row
-            (the first line of the file is row 1).
+        UserError: the file is missing or has no rows, a column is missing, a row has too few columns, a label is
+            not one of the task's, or a score is not a number; the message names the file and the row (the first line
+            of the file is row 1).
     """
-    table = _read(path, task, task.has_header)
-    columns = [table.index(column) for column in (*task.text_columns, task.label_column)]
-    check_has_header(table, task, columns[-1])
-    rows = _wanted(table, task, columns)
-    label_of = _score if task.is_regression else _label
-    ids = {label: number for number, label in enumerate(task.labels)}
-    labels = np.array(
-        [label_of(table.path, line, cells[-1], task, ids) for line, cells in rows],
-        dtype=np.float32 if task.is_regression else np.int64,
-    )
-    return Examples(_texts(rows, len(task.text_columns)), labels)
+    table = open_table(path, task.form, task.has_header)
+    columns = _labelled_columns(table, task)
+    parser = _LabelParser(path, task)
+    cells, labels = [], []
+    for line, _, wanted in _rows(table, task, columns, task.skips_short_rows):
+        cells.append(wanted)
+        labels.append(parser.parse(line, wanted[-1]))
+    return Examples(_texts(cells, len(task.text_columns)), np.array(labels, dtype=_label_dtype(task)))
 
 
 def read_unlabelled(path: Path, task: Task) -> Examples:
-    """Reads a test file of a task: an id and the texts, no label.
+    """Read a test file of a task: texts and ids, no labels. A row that is too short is an error in every task.
 
     Raises:
         UserError: as for `read_examples`.
     """
-    table = _read(path, task, task.test_has_header)
+    table = open_table(path, task.form, task.test_has_header)
     texts = task.test_text_columns or task.text_columns
     wanted = texts if task.id_column is None else (*texts, task.id_column)
-    whole = replace(task, skips_short_rows=False)  # a submission has a prediction for every row
-    rows = _wanted(table, whole, [table.index(column) for column in wanted])
-    ids = [str(n) if task.id_column is None else cells[-1].strip() for n, (_, cells) in enumerate(rows)]
-    return Examples(_texts(rows, len(texts)), _no_labels(task, len(rows)), ids)
+    columns = tuple(table.index(column) for column in wanted)
+    cells = [cells for _, _, cells in _rows(table, task, columns, skips_short_rows=False)]
+    ids = [str(number) if task.id_column is None else row[-1].strip() for number, row in enumerate(cells)]
+    return Examples(_texts(cells, len(texts)), _no_labels(task, len(cells)), ids)
 
 
 def unlabelled(texts: Sequence[str], task: Task, seconds: Sequence[str] | None = None) -> Examples:
-    """Texts, or pairs of them, as examples without labels."""
+    """Return texts, or pairs of a text and its second, as examples without labels."""
     sides = (list(texts),) if seconds is None else (list(texts), list(seconds))
     return Examples(sides, _no_labels(task, len(texts)))
 
 
-def _no_labels(task: Task, count: int) -> np.ndarray:
-    return np.zeros(count, dtype=np.float32 if task.is_regression else np.int64)
+class Row(NamedTuple):
+    """A row of a training file: its one or two texts, and all of its cells (of JSON lines: the object)."""
+
+    texts: tuple[str, ...]
+    cells: Any
 
 
-def _read(path: Path, task: Task, has_header: bool) -> Table:
-    table = read_table(path, task.form, has_header)
-    if not table.rows:
-        raise UserError(f"{path}: holds no examples")
-    return table
+class TextRows:
+    """Iterate over the rows of a task's training file, and format them with other texts.
 
-
-def check_has_header(table: Table, task: Task, label: int) -> None:
-    """A file that begins with an example would lose it. Where the column is known by its name there was a header.
+    The file is read anew by each iteration and never held in memory. All other columns, and bytes that are not
+    UTF-8, stay as they are. `head` is the formatted row of column names, empty if the file has none.
 
     Raises:
-        UserError: it begins with one.
+        UserError: as for `read_examples`.
     """
-    names = table.names or []
-    if isinstance(task.label_column, str) or not -len(names) <= label < len(names):
-        return
-    cell = names[label].strip()
-    if (_as_number(cell) is not None) if task.is_regression else (cell in task.labels):
-        raise UserError(f"{table.path}, row 1: is an example; {task.name}'s files begin with a row of column names")
+
+    def __init__(self, path: Path, task: Task) -> None:
+        self._task = task
+        self._table = open_table(path, task.form, task.has_header, keeps_bytes=True)
+        self._columns = _labelled_columns(self._table, task)
+        self.head = "" if self._table.names is None else self._table.format_row(self._table.names)
+
+    def __iter__(self) -> Iterator[Row]:
+        """Yield the rows, without those that the task leaves out.
+
+        Raises:
+            UserError: as for `read_examples`.
+        """
+        parser = _LabelParser(self._table.path, self._task)
+        for line, row, wanted in _rows(self._table, self._task, self._columns, self._task.skips_short_rows):
+            parser.parse(line, wanted[-1])
+            yield Row(tuple(wanted[:-1]), row)
+
+    def format_row(self, row: Row, texts: Sequence[str]) -> str:
+        """Return a row as a line of the file, line end included, with these texts in place of its own."""
+        cells = dict(row.cells) if self._task.form == "jsonl" else list(row.cells)
+        for column, text in zip(self._columns, texts, strict=False):  # the label's column comes last
+            cells[column] = text
+        return self._table.format_row(cells)
 
 
-def _wanted(table: Table, task: Task, columns: Sequence[int]) -> list[tuple[int, list[str]]]:
-    """The cells of these columns of every row, and the rows' lines."""
-    rows, short = [], 0
-    enough = EnoughCells(columns)
-    for line, row in zip(table.lines, table.rows, strict=True):
-        if task.form == "jsonl" and len(row) < len(table.names or ()):  # its later keys come first in later rows
-            row = row + [None] * (len(table.names or ()) - len(row))
-        if not enough[len(row)]:
-            if not task.skips_short_rows:
-                raise UserError(
-                    f"{table.path}, row {line}: has {len(row)} column{'s' if len(row) != 1 else ''}, {task.name} needs "
-                    f"at least {enough.least()}" + (", split by tabs" if task.form == "tsv" else "")
-                )
+def _labelled_columns(table: Table, task: Task) -> tuple[Any, ...]:
+    """Return the columns of the texts and, last, of the label.
+
+    Raises:
+        UserError: a column is missing; or the first row is an example where the task expects column names.
+    """
+    columns = tuple(table.index(column) for column in (*task.text_columns, task.label_column))
+    label = task.label_column
+    if table.names and isinstance(label, int):  # a column found by its name proves that there is a header
+        cell = table.names[label : label + 1 or None]
+        if cell and _LabelParser(table.path, task).value(cell[0]) is not None:
+            raise UserError(f"{table.path}, row 1: is an example; {task.name}'s files begin with a row of column names")
+    return columns
+
+
+def _rows(
+    table: Table, task: Task, columns: tuple[Any, ...], skips_short_rows: bool
+) -> Iterator[tuple[int, Any, list[str]]]:
+    """Yield each row's line, the whole row, and its cells in these columns.
+
+    Raises:
+        UserError: there is no row, or a row lacks one of the columns.
+    """
+    count = short = 0
+    for line, row in table:
+        if table.form == "jsonl":
+            cells = cells_of(table.path, line, row, columns)
+        elif places := _places(columns, len(row)):
+            cells = [row[place] for place in places]
+        elif skips_short_rows:
             short += 1
             continue
-        cells = [row[column] for column in columns]
-        if None in cells:
-            name = shortened((table.names or [])[columns[cells.index(None)]])
-            raise UserError(f"{table.path}, row {line}: has no text or number at {name!r}")
-        rows.append((line, [cell for cell in cells if cell is not None]))
-    if short:
-        logger.warning("%s: %d rows with fewer than %d columns were left out", table.path, short, enough.least())
-    if not rows:
+        else:
+            raise UserError(
+                f"{table.path}, row {line}: has {len(row)} column{'s' if len(row) != 1 else ''}, {task.name} needs "
+                f"at least {_fewest_cells(columns)}" + (", split by tabs" if task.form == "tsv" else "")
+            )
+        count += 1
+        yield line, row, cells
+    if short and not table.keeps_bytes:  # augmentation reads a file several times
+        fewest = _fewest_cells(columns)
+        logger.warning("%s: %d rows with fewer than %d columns were left out", table.path, short, fewest)
+    if not count:
         raise UserError(f"{table.path}: holds no examples")
-    return rows
 
 
-class EnoughCells(dict[int, bool]):
-    """Whether a row of so many cells has all of some columns, each a cell of its own; worked out once a length."""
-
-    def __init__(self, columns: Sequence[int]) -> None:
-        super().__init__()
-        self.columns = columns
-
-    def __missing__(self, length: int) -> bool:
-        places = {column if column >= 0 else length + column for column in self.columns}
-        self[length] = len(places) == len(set(self.columns)) and min(places) >= 0 and max(places) < length
-        return self[length]
-
-    def least(self) -> int:
-        """The fewest cells that are enough."""
-        return next(length for length in range(1, 10**6) if self[length])
+@lru_cache(maxsize=1024)
+def _places(columns: tuple[int, ...], length: int) -> list[int] | None:
+    """Return where these columns are in a row of `length` cells; None if one is missing or two are the same cell."""
+    places = [column if column >= 0 else length + column for column in columns]
+    if min(places) < 0 or max(places) >= length or len(set(places)) < len(set(columns)):
+        return None
+    return places
 
 
-def _texts(rows: Sequence[tuple[int, list[str]]], count: int) -> tuple[list[str], ...]:
-    return tuple([cells[number] for _, cells in rows] for number in range(count))
+def _fewest_cells(columns: tuple[int, ...]) -> int:
+    return next(length for length in itertools.count(1) if _places(columns, length))
 
 
-def check_label(path: Path, line: int, cell: str, task: Task) -> None:
-    """Checks a cell of the label column.
-
-    Raises:
-        UserError: it is no label, or no score, of the task.
-    """
-    if task.is_regression:
-        _score(path, line, cell, task, {})
-    else:
-        _label(path, line, cell, task, dict.fromkeys(task.labels, 0))
+def _texts(rows: Sequence[Sequence[str]], count: int) -> tuple[list[str], ...]:
+    return tuple([cells[number] for cells in rows] for number in range(count))
 
 
-def _label(path: Path, line: int, cell: str, task: Task, ids: dict[str, int]) -> int:
-    label = cell.strip()
-    if label not in ids:
-        known = ", ".join(shortened(name) for name in task.labels[:20]) + (", …" if len(task.labels) > 20 else "")
-        raise UserError(
-            f"{path}, row {line}: the label is {shortened(label)!r}, "
-            f"expected one of {known} in {_column(task.label_column)}"
-        )
-    return ids[label]
+def _label_dtype(task: Task) -> type[np.number]:
+    return np.float32 if task.is_regression else np.int64
 
 
-def _score(path: Path, line: int, cell: str, task: Task, _: dict[str, int]) -> float:
-    score = _as_number(cell)
-    if score is None:
-        raise UserError(
-            f"{path}, row {line}: the score is {shortened(cell.strip())!r}, "
-            f"expected a number in {_column(task.label_column)}"
-        )
-    return score
+def _no_labels(task: Task, count: int) -> np.ndarray:
+    return np.zeros(count, dtype=_label_dtype(task))
 
 
-def _as_number(cell: str) -> float | None:
+class _LabelParser:
+    """Turns cells of the label column of a file into label ids, or scores where the task is a regression."""
+
+    def __init__(self, path: Path, task: Task) -> None:
+        self.path, self.task = path, task
+        self.ids = {label: number for number, label in enumerate(task.labels)}
+
+    def value(self, cell: str) -> float | None:
+        """Return the id or score; None if the cell holds neither."""
+        return _score(cell) if self.task.is_regression else self.ids.get(cell.strip())
+
+    def parse(self, line: int, cell: str) -> float:
+        """Return the id or score.
+
+        Raises:
+            UserError: the cell holds neither; the message names the file, the row and the column.
+        """
+        value = self.value(cell)
+        if value is None:
+            what, expected = "score", "a number"
+            if not self.task.is_regression:
+                known = ", ".join(shortened(label) for label in self.task.labels[:20])
+                what, expected = "label", f"one of {known}{', …' if len(self.task.labels) > 20 else ''}"
+            raise UserError(
+                f"{self.path}, row {line}: the {what} is {shortened(cell.strip())!r}, "
+                f"expected {expected} in {_describe_column(self.task.label_column)}"
+            )
+        return value
+
+
+def _score(cell: str) -> float | None:
     try:
-        score = float(cell) if "_" not in cell else math.nan  # Python's own way to write 1_000
+        score = float(cell) if "_" not in cell else math.nan  # float reads Python's 1_000 as well
     except ValueError:
-        score = math.nan
-    return score if abs(score) < 1e30 else None  # nor infinite, nor too large for fp32 to square
+        return None
+    return score if abs(score) < 1e30 else None  # neither infinite nor too large for fp32 to square
 
 
-def _column(column: Column) -> str:
+def _describe_column(column: Column) -> str:
     if isinstance(column, str):
         return f"the column {shortened(column)!r}"
     return "the last column" if column == -1 else f"column {column + 1}"

@@ -1,18 +1,22 @@
-"""Rows and columns of a text file: tab-separated as GLUE writes it, CSV, or JSON lines.
+"""Read the rows and columns of a text file: tab-separated as GLUE writes it, CSV, or JSON lines.
 
-Knows no task: which columns matter, and what stands in them, is the caller's affair (`examples.py`).
+Knows no task: `examples.py` chooses the columns that hold texts and labels. A table reads its file row by row, so a
+file may be larger than memory.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import logging
 import math
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data_processing.tasks import Column
 from transformer.errors import UserError
@@ -20,98 +24,130 @@ from transformer.errors import UserError
 logger = logging.getLogger(__name__)
 
 FORMS = ("tsv", "csv", "jsonl")
-_MOST_KEYS = 1000  # of the objects in a file of JSON lines
+ENCODING = ("utf-8", "surrogateescape")  # of files and of formatted rows: bytes that are not UTF-8 come back unchanged
+_SURROGATES = re.compile("[\ud800-\udfff]")  # half characters, which JSON can escape and no encoding can write
+_UNWRITABLE = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # those among them that do not stand for an escaped byte
 
 
 @dataclass(frozen=True)
 class Table:
-    """A file's rows.
+    """A file's rows, which each iteration reads anew.
 
-    names: the columns' names; None where the file has no row of them.
-    rows: their cells; a row may have too few, and a cell of JSON lines that holds no text or number is None.
-    lines: the line of the file, from 1, that each row begins on.
+    names: the column names; None if the file has no row of names, and in JSON lines, whose objects have keys.
+    keeps_bytes: whether cells hold bytes that are not UTF-8 as surrogates, so that `format_row` can write them back;
+        otherwise such bytes become U+FFFD.
     """
 
     path: Path
+    form: str
     names: list[str] | None
-    rows: list[list[str | None]]
-    lines: list[int]
+    keeps_bytes: bool = False
 
-    def index(self, column: Column) -> int:
-        """A column's number, by its number or name.
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        """Yield each row below the names: the line it begins on, counted from 1, and its cells or JSON object.
+
+        A row may have more or fewer cells than there are names.
+
+        Raises:
+            UserError: the file cannot be read, or is not of this form.
+        """
+        rows = _rows(self.path, self.form, self.keeps_bytes)
+        if self.names is not None:
+            next(rows, None)
+        return rows
+
+    def index(self, column: Column) -> Column:
+        """Return the number of a column, given by number or name; in JSON lines, its key.
 
         Raises:
             UserError: no column has that name, or several have it.
         """
-        if isinstance(column, int):
+        if isinstance(column, int) or self.form == "jsonl":
             return column
         name = repr(shortened(column))
         if self.names is None:
             raise UserError(f"{self.path}: has no row of column names, so {name} cannot be found; give its number")
         if column not in self.names:
-            there = ", ".join(repr(shortened(other)) for other in self.names[:20])
+            known = ", ".join(repr(shortened(other)) for other in self.names[:20])
             more = ", …" if len(self.names) > 20 else ""
-            raise UserError(f"{self.path}: has no column {name}; its columns are {there}{more}")
+            raise UserError(f"{self.path}: has no column {name}; its columns are {known}{more}")
         if self.names.count(column) > 1:
             raise UserError(f"{self.path}: has {self.names.count(column)} columns {name}; give the number of one")
         return self.names.index(column)
 
+    def format_row(self, row: Any) -> str:
+        """Return cells or a JSON object as a line of this file, line end included.
 
-def read_table(path: Path, form: str = "tsv", has_header: bool = True) -> Table:
-    """Reads a file of one of FORMS. Bytes that are not UTF-8 become U+FFFD, and a warning says in how many rows.
+        Raises:
+            UserError: the object is nested too deeply.
+        """
+        if self.form == "tsv":
+            return "\t".join(row) + "\n"
+        if self.form == "csv":
+            line = io.StringIO()
+            csv.writer(line, lineterminator="\n").writerow(row)
+            return line.getvalue()
+        try:
+            return _UNWRITABLE.sub("\ufffd", json.dumps(row, ensure_ascii=False)) + "\n"
+        except RecursionError:
+            raise UserError(f"{self.path}: one of its objects is nested too deeply") from None
+
+
+def open_table(path: Path, form: str = "tsv", has_header: bool = True, keeps_bytes: bool = False) -> Table:
+    """Open a file of one of FORMS, and read its column names.
 
     Args:
         path: the file.
-        form: `tsv`: columns split at tabs, quotation marks mean nothing, empty lines at the end do not count.
-            `csv`: quotation marks as usual, empty lines do not count. `jsonl`: an object a line.
-        has_header: whether the first row names the columns; in JSON lines the keys do.
+        form: `tsv`: cells are split at tabs, quotation marks have no meaning, empty lines at the end are not rows.
+            `csv`: cells may be quoted, empty lines are not rows. `jsonl`: one object per line.
+        has_header: whether the first row of a tsv or csv file holds the column names.
+        keeps_bytes: see `Table`.
 
     Raises:
-        UserError: the file is missing, cannot be read, or is not of this form.
+        UserError: the file is missing, cannot be read, is empty, or its first row is not of this form.
     """
-    lines = _lines(path)
+    first = next(_rows(path, form, keeps_bytes, warns=False), None)
+    if first is None:
+        raise UserError(f"{path}: holds no examples")
+    return Table(path, form, first[1] if has_header and form != "jsonl" else None, keeps_bytes)
+
+
+def _rows(path: Path, form: str, keeps_bytes: bool, warns: bool = True) -> Iterator[tuple[int, Any]]:
+    lines = _lines(path, keeps_bytes, warns)
     if form == "jsonl":
-        return _from_json_lines(path, lines)
-    numbered = _csv_rows(path, lines) if form == "csv" else _tsv_rows(lines)
-    numbers: list[int] = []
-    rows: list[list[str | None]] = []
-    for number, row in numbered:
-        numbers.append(number)
-        rows.append(list(row))
-    if not has_header:
-        return Table(path, None, rows, numbers)
-    names = [name or "" for name in rows[0]] if rows else []
-    return Table(path, names, rows[1:], numbers[1:])
+        return _json_rows(path, lines)
+    if form == "csv":
+        return _csv_rows(path, lines)
+    return ((number, line.split("\t")) for number, line in lines)
 
 
-def _lines(path: Path) -> list[str]:
+def _lines(path: Path, keeps_bytes: bool, warns: bool) -> Iterator[tuple[int, str]]:
+    """Yield the lines without their ends and their numbers, up to the last line that is not empty."""
+    broken = empty = 0
     try:
-        content = path.read_bytes()
+        with path.open(encoding="utf-8-sig", errors=ENCODING[1]) as file:
+            for number, line in enumerate(file, start=1):
+                line = line.rstrip("\n")
+                if not line:
+                    empty += 1
+                    continue
+                yield from ((number - empty + n, "") for n in range(empty))
+                empty = 0
+                if not keeps_bytes and not line.isascii() and _SURROGATES.search(line):
+                    line = line.encode(*ENCODING).decode("utf-8", errors="replace")
+                    broken += 1
+                yield number, line
     except FileNotFoundError:
         raise UserError(f"{path}: not found") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    content = content.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").replace(b"\r", b"\n").rstrip(b"\n")
-    lines, broken = [], 0
-    for line in content.split(b"\n") if content else []:
-        try:
-            lines.append(line.decode("utf-8"))
-        except UnicodeDecodeError:
-            lines.append(line.decode("utf-8", errors="replace"))
-            broken += 1
-    if broken:
-        logger.warning("%s: %d rows are not UTF-8; what cannot be read became U+FFFD", path, broken)
-    return lines
+    if broken and warns:
+        logger.warning("%s: %d rows are not UTF-8; their unreadable bytes became U+FFFD", path, broken)
 
 
-def _tsv_rows(lines: list[str]) -> Iterator[tuple[int, list[str]]]:
-    for number, line in enumerate(lines, start=1):
-        yield number, line.split("\t")
-
-
-def _csv_rows(path: Path, lines: list[str]) -> Iterator[tuple[int, list[str]]]:
-    csv.field_size_limit(sys.maxsize)  # a long text is no mistake
-    reader = csv.reader((f"{line}\n" for line in lines), strict=True)
+def _csv_rows(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, list[str]]]:
+    csv.field_size_limit(sys.maxsize)  # a long text is not a mistake
+    reader = csv.reader((f"{line}\n" for _, line in lines), strict=True)
     number = 1
     try:
         for row in reader:
@@ -119,47 +155,48 @@ def _csv_rows(path: Path, lines: list[str]) -> Iterator[tuple[int, list[str]]]:
                 yield number, row
             number = reader.line_num + 1
     except csv.Error as error:
-        raise UserError(f"{path}, row {number}: is no valid CSV ({error})") from None
+        raise UserError(f"{path}, row {number}: is not valid CSV ({error})") from None
 
 
-def _from_json_lines(path: Path, lines: list[str]) -> Table:
-    columns: dict[str, int] = {}
-    rows: list[list[str | None]] = []
-    numbers: list[int] = []
-    for number, line in enumerate(lines, start=1):
+def _json_rows(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in lines:
         if not line.strip():
             continue
         try:
             values = json.loads(line)
         except (ValueError, RecursionError):
-            raise UserError(f"{path}, row {number}: is no valid JSON") from None
+            raise UserError(f"{path}, row {number}: is not valid JSON") from None
         if not isinstance(values, dict):
             raise UserError(
-                f'{path}, row {number}: is no JSON object; expected one such as {{"text": "…", "label": "…"}}'
+                f'{path}, row {number}: is not a JSON object; expected one such as {{"text": "…", "label": "…"}}'
             )
-        for name in values:
-            columns.setdefault(name, len(columns))
-        if len(columns) > _MOST_KEYS:  # each row would have as many cells
-            raise UserError(
-                f"{path}, row {number}: is the first in which there are more than {_MOST_KEYS} different keys in all"
-            )
-        row: list[str | None] = [None] * len(columns)
-        for name, value in values.items():
-            row[columns[name]] = as_text(value)
-        rows.append(row)
-        numbers.append(number)
-    return Table(path, list(columns), rows, numbers)
+        yield number, values
+
+
+def cells_of(path: Path, line: int, values: dict[str, Any], keys: Sequence[Column]) -> list[str]:
+    """Return the texts and numbers under these keys of a JSON object.
+
+    Raises:
+        UserError: a key is missing, or holds neither; the message names it and the row.
+    """
+    cells = []
+    for key in keys:
+        cell = as_text(values.get(str(key)))
+        if cell is None:
+            raise UserError(f"{path}, row {line}: has no text or number at {shortened(str(key))!r}")
+        cells.append(cell)
+    return cells
 
 
 def as_text(value: object) -> str | None:
-    """A value of JSON as a cell: a text as it is, a number, true or false as JSON writes it; None for all else."""
-    if isinstance(value, str):  # JSON can escape half of a character
-        return value.encode("utf-16", errors="surrogatepass").decode("utf-16", errors="replace")
-    if isinstance(value, float) and not math.isfinite(value):  # what some programs write for nothing
+    """Return a JSON value as a cell: a string, or a number, true or false as JSON writes it; None for all else."""
+    if isinstance(value, str):
+        return _SURROGATES.sub("\ufffd", value)
+    if isinstance(value, float) and not math.isfinite(value):  # some programs write NaN for a missing value
         return None
     return json.dumps(value) if isinstance(value, (bool, int, float)) else None
 
 
 def shortened(text: str) -> str:
-    """A text as messages show it: of a long one, the beginning."""
+    """Return a text cut to 60 characters for a message."""
     return text if len(text) <= 60 else text[:60] + "…"

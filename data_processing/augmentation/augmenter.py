@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from data_processing.augmentation.glove import WordVectors
 from data_processing.augmentation.masked_words import MaskedWords, Place, place_in
 from data_processing.augmentation.replacements import is_replaceable, new_texts
-from data_processing.text_rows import Row
+from data_processing.examples import Row
 from transformer.tokenization import BertTokenizer
 
 BLOCK = 500  # rows; whole ones are what a run that goes on finds done

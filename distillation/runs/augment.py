@@ -20,10 +20,10 @@ import torch
 from data_processing.augmentation.augmenter import Augmenter, Settings
 from data_processing.augmentation.glove import WordVectors, read_vectors
 from data_processing.augmentation.masked_words import MaskedWords
-from data_processing.examples import unlabelled
+from data_processing.examples import Row, TextRows, unlabelled
 from data_processing.features import Features, make_features
+from data_processing.tables import ENCODING
 from data_processing.tasks import Task
-from data_processing.text_rows import ENCODING, Row, TextRows
 from distillation.models import LoadedModel, load_complete
 from distillation.runs.mlm_head import load_masked_lm
 from transformer import packed_inference
@@ -93,7 +93,8 @@ class AugmentationPlan:
                 count = sum(map(len, made))
                 if judge is not None:
                     made = judge.kept(made)
-            lines = [self.rows.written(row, texts) for row, own in zip(block.rows, made, strict=True) for texts in own]
+            rows = zip(block.rows, made, strict=True)
+            lines = [self.rows.format_row(row, texts) for row, own in rows for texts in own]
             return Augmented("".join(lines).encode(*ENCODING), len(lines), count - len(lines))
 
         return augment

@@ -1,12 +1,15 @@
-"""Which rows are examples: headers that are examples, columns counted from the end, odd cells, files without names."""
+"""Examples: which rows and cells of a task's files are texts and labels, and which are refused."""
 
 from pathlib import Path
 
 import pytest
 
-from data_processing.examples import read_examples, read_unlabelled
-from data_processing.tasks import Task
+from data_processing.examples import TextRows, read_examples, read_unlabelled
+from data_processing.tables import ENCODING
+from data_processing.tasks import Task, find_task
 from transformer.errors import UserError
+
+SST2, MNLI = find_task("SST-2"), find_task("MNLI")
 
 
 def task(**changes) -> Task:
@@ -22,20 +25,48 @@ def written(folder: Path, *rows: str, name: str = "file.tsv") -> Path:
 def refusal(read, path: Path, of: Task) -> str:
     with pytest.raises(UserError) as caught:
         read(path, of)
-    return str(caught.value)
+    message = str(caught.value)
+    assert message.startswith(str(path))
+    assert message.splitlines() == [message]
+    return message.removeprefix(str(path))
 
 
-def test_a_header_that_is_an_example_is_told(tmp_path):
-    path = written(tmp_path, "x\ta", "y\tb")
-    assert "row 1: is an example" in refusal(read_examples, path, task())
+def test_the_label_of_mnli_is_the_last_column(tmp_path):
+    """Train files have 12 columns, dev files 16."""
+    texts = "\t".join(["x"] * 8 + ["first", "second"])
+    path = written(
+        tmp_path, "h\t" * 11, f"{texts}\tcontradiction\t neutral ", f"{texts}{5 * '	neutral'}\tentailment"
+    )
+    read = read_examples(path, MNLI)
+    assert read.texts == (["first"] * 2, ["second"] * 2)
+    assert read.labels.tolist() == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("of", "rows", "message"),
+    [
+        (SST2, ["a film\t1", "a bore"], ", row 3: has 1 column, SST-2 needs at least 2, split by tabs"),
+        (SST2, ["a film\t1", "", "a bore\t0"], ", row 3: has 1 column"),
+        (SST2, ["a film\t1", "a bore\t2"], ", row 3: the label is '2', expected one of 0, 1 in column 2"),
+        (SST2, ["a film\ta tab\t1"], ", row 2: the label is 'a tab'"),
+        (SST2, ["a film\t" + "y" * 10_000], f", row 2: the label is '{'y' * 60}…', expected one of"),
+        (MNLI, ["x\t" * 9 + "x"], ", row 2: has 10 columns, MNLI needs at least 11"),
+        (MNLI, ["x\t" * 11 + "-"], ", row 2: the label is '-'"),
+        (SST2, [], ": holds no examples"),
+    ],
+)
+@pytest.mark.parametrize("read", [read_examples, lambda path, of: list(TextRows(path, of))], ids=["all", "row by row"])
+def test_a_bad_row_is_refused_with_its_number(tmp_path, read, of, rows, message):
+    assert refusal(read, written(tmp_path, "header\tlabel", *rows), of).startswith(message)
+
+
+def test_a_header_that_is_an_example_is_refused(tmp_path):
+    assert "row 1: is an example" in refusal(read_examples, written(tmp_path, "x\ta", "y\tb"), task())
     scores = task(labels=())
     assert "row 1: is an example" in refusal(read_examples, written(tmp_path, "x\t1.5", "y\t2"), scores)
     assert read_examples(written(tmp_path, "text\tscore", "y\t2"), scores).labels.tolist() == [2.0]
-
-
-def test_a_column_may_be_named_as_one_of_its_labels(tmp_path):
-    named = task(text_columns=("text",), label_column="spam", labels=("spam", "ham"), form="csv")
-    assert read_examples(written(tmp_path, "text,spam", "x,ham", name="f.csv"), named).labels.tolist() == [1]
+    named = task(text_columns=("text",), label_column="a", form="csv")  # its name proves that it is a header
+    assert read_examples(written(tmp_path, "text,a", "x,b"), named).labels.tolist() == [1]
 
 
 def test_test_files_without_a_header_keep_their_first_row(tmp_path):
@@ -49,7 +80,6 @@ def test_test_files_without_a_header_keep_their_first_row(tmp_path):
     [
         ((0, -1), "x\ta", True),
         ((0, -1), "a", False),
-        ((-2, -1), "x\ta", True),
         ((-2, 1), "x\ta", True),
         ((-2, 0), "a\tb", False),
         ((-2, 0), "a\tx\tb", True),
@@ -69,17 +99,41 @@ def test_columns_counted_from_the_end_are_cells_of_their_own(tmp_path, columns, 
 @pytest.mark.parametrize("cell", ["1_0", "1,5", "nan", "-inf", "1e31", "", "one"])
 def test_a_score_is_a_number(tmp_path, cell):
     message = refusal(read_examples, written(tmp_path, "text\tscore", f"x\t{cell}"), task(labels=()))
-    assert message == f"{tmp_path}/file.tsv, row 2: the score is {cell!r}, expected a number in column 2"
+    assert message == f", row 2: the score is {cell!r}, expected a number in column 2"
 
 
-def test_many_labels_are_not_all_told(tmp_path):
+def test_a_message_names_twenty_labels_at_most(tmp_path):
     of = task(labels=tuple(f"label {number}" for number in range(1000)))
     message = refusal(read_examples, written(tmp_path, "text\tlabel", "x\tother"), of)
     assert message.endswith("label 18, label 19, … in column 2")
 
 
-def test_a_submission_has_every_row(tmp_path):
-    """Short rows of QQP are left out of training; a test file with one would give a submission that lacks it."""
+def test_a_test_file_may_not_have_short_rows(tmp_path):
+    """QQP's short rows are left out of training, but a submission has a prediction for each row."""
     path = written(tmp_path, "id\ttext", "0\tx", "1")
     of = task(text_columns=(1,), label_column=0, skips_short_rows=True)
-    assert "row 3: has 1 column" in refusal(read_unlabelled, path, of)
+    assert ", row 3: has 1 column" in refusal(read_unlabelled, path, of)
+
+
+@pytest.mark.parametrize(
+    ("form", "content", "expected"),
+    [
+        ("tsv", b'id\t"text\tl\xe9\n7\tx\xff\ta\n8\n', b'id\t"text\tl\xe9\n7\tnew\ta\n7\tx\xff\ta\n'),
+        ("csv", b'id,text,l\n\xff,"x, ""y""",a\n', b'id,text,l\n\xff,new,a\n\xff,"x, ""y""",a\n'),
+        (
+            "jsonl",
+            b'{"1": "x", "2": "a", "n": ["\xff"]}\n',
+            b'{"1": "new", "2": "a", "n": ["\xff"]}\n{"1": "x", "2": "a", "n": ["\xff"]}\n',
+        ),
+    ],
+)
+def test_a_row_is_formatted_with_other_texts(tmp_path, form, content, expected):
+    """All else stays as it is, bytes that are not UTF-8 too; rows that the task leaves out are left out."""
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    columns = (
+        {"text_columns": ("1",), "label_column": "2"} if form == "jsonl" else {"text_columns": (1,), "label_column": 2}
+    )
+    rows = TextRows(path, task(form=form, skips_short_rows=True, **columns))
+    formatted = [rows.format_row(row, texts) for row in rows for texts in (("new",), row.texts)]
+    assert (rows.head + "".join(formatted)).encode(*ENCODING) == expected

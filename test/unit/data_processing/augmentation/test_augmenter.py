@@ -12,7 +12,7 @@ from data_processing.augmentation.augmenter import Augmenter, Settings
 from data_processing.augmentation.glove import WordVectors, read_vectors
 from data_processing.augmentation.masked_words import MaskedWords, place_in
 from data_processing.augmentation.replacements import STOP_WORDS, is_replaceable, new_texts
-from data_processing.text_rows import Row
+from data_processing.examples import Row
 from distillation.runs.mlm_head import load_masked_lm
 from transformer.heads import BertForMaskedLM
 

@@ -16,10 +16,10 @@ from augmentation_cases import SENTENCES, Place, many_rows, masked_lm
 from cases import ROOT, command, edit_config, edit_weights, write_rows
 
 from data_processing.data_augmentation import build_parser
-from data_processing.examples import read_examples
+from data_processing.examples import TextRows, read_examples
+from data_processing.tables import ENCODING
 from data_processing.task_files import read_task_file
 from data_processing.tasks import TASKS, augmentation_command, find_task
-from data_processing.text_rows import ENCODING, TextRows
 from transformer.heads import TinyBertForSequenceClassification
 from transformer.tokenization import BertTokenizer
 
@@ -136,7 +136,7 @@ def test_halves_of_characters_in_json_lines_are_replaced_and_bytes_stay(tmp_path
     (tmp_path / "train.jsonl").write_bytes(line + b'\xff", "n": [1, null, 0.5]}\n')
     rows = TextRows(tmp_path / "train.jsonl", task)
     (row,) = rows
-    written = rows.written(row, ("new",)).encode(*ENCODING)
+    written = rows.format_row(row, ("new",)).encode(*ENCODING)
     assert b'"x": "\xff"' in written
     assert json.loads(written.replace(b"\xff", b"")) == {
         "text": "new",
