@@ -1,12 +1,9 @@
-"""A folder of what need not be worked out twice: tokenized files, what a teacher has said of examples.
+"""A folder of arrays that runs compute once and reuse: tokenized files, a teacher's outputs.
 
-An entry is a few arrays under a key that is a digest of all that they depend on, so an entry is never
-out of date: where anything changes there is another key. Entries are made whole or not at all, read by
-mapping them into memory (one copy for all processes of a machine), and the ones not used for longest
-go when the folder grows beyond its limit. Nothing here is needed: any failure means working it out again.
-
-What fits into memory is kept by `put`. What does not is written piece by piece, by several processes if
-need be, into the files that `make` has reserved.
+An entry is a folder of .npy files, named by a digest of everything they depend on: if anything changes, so does the
+name, and an entry is never outdated. Entries appear whole or not at all and are read through memory maps, one copy for
+all processes of a machine. The least recently used are removed when the folder would exceed its limit. The cache is
+optional: where it fails, a run computes the values again.
 """
 
 from __future__ import annotations
@@ -22,31 +19,26 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None  # type: ignore[assignment]
+from data_processing.files import try_lock
 
 logger = logging.getLogger(__name__)
 
-_SECONDS_UNTIL_STALE = 24 * 3600.0  # a temporary folder that nobody works on any more
-_TEMPORARY = "making-"
-_HASHING_THREADS = 4
-_HEADER = 128  # bytes of a file of numpy's before the values
-KINDS = ("features", "teacher_logits", "teacher_states")  # of entries: the folders that they lie in
-_ENTRY_NAME = re.compile(f"[0-9a-f]{{32}}|{_TEMPORARY}.*")
+KINDS = ("features", "teacher_logits", "teacher_states")  # of entries: the subfolders of the cache
+_PENDING = "making-"  # begins the name of an entry that is being written
+_ENTRY_NAME = re.compile(f"[0-9a-f]{{32}}|{_PENDING}.*")
+_SECONDS_UNTIL_STALE = 24 * 3600.0
+_HEADER = 128  # bytes of a .npy file before its values
 
 
 def default_folder() -> Path | None:
-    """XDG_CACHE_HOME/tinybert, or ~/.cache/tinybert; None where there is no home."""
+    """Return XDG_CACHE_HOME/tinybert, or ~/.cache/tinybert; None without a home folder."""
     try:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     except RuntimeError:
@@ -55,44 +47,26 @@ def default_folder() -> Path | None:
 
 
 def digest(**parts: Any) -> str:
-    """A key for what depends on these values: JSON's own, bytes, or arrays, whose bytes count."""
+    """Return a key for what depends on these values: JSON values, bytes, or arrays, of which the bytes count."""
 
-    def plain_part(part: Any) -> Any:
+    def plain(part: Any) -> Any:
         if isinstance(part, np.ndarray):
-            part = np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
+            part = _bytes_of(part)
         return hashlib.sha256(part).hexdigest() if isinstance(part, (bytes, memoryview)) else part
 
-    with ThreadPoolExecutor(_HASHING_THREADS) as pool:  # of large arrays, which release the interpreter
-        plain = dict(zip(parts, pool.map(plain_part, parts.values()), strict=True))
-    return hashlib.sha256(json.dumps(plain, sort_keys=True, ensure_ascii=True).encode()).hexdigest()[:32]
-
-
-def file_digest(path: Path) -> str:
-    """The SHA-256 of a file's content.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: Any) -> str:
-    result = hashlib.sha256()  # Python 3.10
-    while piece := file.read(2**20):
-        result.update(piece)
-    return result.hexdigest()
+    values = json.dumps({name: plain(part) for name, part in parts.items()}, sort_keys=True)
+    return hashlib.sha256(values.encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
 class Cache:
-    """The folder; None keeps nothing. limit: its most bytes."""
+    """The cache in a folder; without a folder it keeps nothing. limit: the most bytes of all entries."""
 
     folder: Path | None
     limit: int
 
     def get(self, kind: str, key: str, names: Iterable[str]) -> dict[str, np.ndarray] | None:
-        """The arrays of an entry, mapped into memory and not to be written; None where it is not there or broken."""
+        """Return the arrays of an entry as read-only memory maps; None if it is missing or broken."""
         if self.folder is None:
             return None
         entry = self.folder / kind / key
@@ -100,215 +74,169 @@ class Cache:
             arrays = {name: np.load(entry / f"{name}.npy", mmap_mode="r") for name in names}
         except (OSError, ValueError, EOFError):
             return None
-        with suppress(OSError):  # another user's
+        with suppress(OSError):  # the entry may belong to another user
             os.utime(entry)
         return arrays
 
     def put(self, kind: str, key: str, arrays: Mapping[str, np.ndarray]) -> None:
-        """Keeps arrays as an entry; where that fails a warning says why, and nothing is kept."""
+        """Keep arrays as an entry; if that fails, log a warning and keep nothing."""
         if self.folder is None:
             return
         size = sum(array.nbytes for array in arrays.values())
         if size > self.limit:
-            logger.info("%d MB more than --cache_limit allows are not kept for the next run", size / 1e6)
+            logger.info("%d MB are not cached: --cache_limit is smaller", size / 1e6)
             return
-        entry = self.folder / kind / key
-        temporary = None
         try:
-            entry.parent.mkdir(parents=True, exist_ok=True)
-            temporary = tempfile.mkdtemp(prefix=_TEMPORARY, dir=entry.parent)
-            os.chmod(temporary, entry.parent.stat().st_mode)  # mkdtemp lets only its owner in
-            for name, array in arrays.items():
-                with open(os.path.join(temporary, f"{name}.npy"), "wb") as file:
-                    np.save(file, array, allow_pickle=False)
-                    file.flush()
-                    os.fsync(file.fileno())
-            shutil.rmtree(entry, ignore_errors=True)  # broken, or just made by another run
-            os.rename(temporary, entry)
+            entry = self.make(kind, key, {name: (array.shape, array.dtype) for name, array in arrays.items()})
+            try:
+                for name, array in arrays.items():
+                    write_values(entry.folder / f"{name}.npy", 0, array)
+                entry.keep()
+            finally:
+                entry.discard()
         except OSError as error:
-            if temporary is not None:
-                shutil.rmtree(temporary, ignore_errors=True)
-            if not entry.is_dir():
-                logger.warning("%s: cannot be kept for the next run (%s)", entry, error.strerror or error)
-            return
-        self._make_room(entry)
+            logger.warning("%s: cannot be cached (%s)", self.folder / kind / key, error.strerror or error)
 
-    def make(self, kind: str, key: str, arrays: Mapping[str, tuple[int, np.dtype]]) -> Making:
-        """Reserves the files of an entry that is written piece by piece; room is made for it at once.
+    def make(self, kind: str, key: str, arrays: Mapping[str, tuple[int | tuple[int, ...], np.dtype]]) -> PendingEntry:
+        """Reserve the files of an entry, to be filled by `write_values`, and remove older entries to make room.
 
         Args:
-            arrays: of each array, which has one dimension, how many values of which type.
+            kind: one of KINDS.
+            key: the entry's name, from `digest`.
+            arrays: the shape, or length, and the type of each array.
 
         Raises:
-            OSError: the folder cannot be written or the disk is full; nothing is left.
+            OSError: the folder cannot be written or the disk is full; nothing is left behind.
         """
         assert self.folder is not None
-        entry = self.folder / kind / key
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        self._make_room(entry, sum(_HEADER + count * dtype.itemsize for count, dtype in arrays.values()))
-        temporary = Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY}{key}{_here()}", dir=entry.parent))
-        making = Making(temporary, entry, _locked(temporary))
+        parent = self.folder / kind
+        parent.mkdir(parents=True, exist_ok=True)
+        self._make_room(sum(_HEADER + int(np.prod(shape)) * dtype.itemsize for shape, dtype in arrays.values()))
+        folder = Path(tempfile.mkdtemp(prefix=_pending_prefix(), dir=parent))
+        entry = PendingEntry(folder, parent / key, try_lock(folder))
         try:
-            os.chmod(temporary, entry.parent.stat().st_mode)  # mkdtemp lets only its owner in
-            for name, (count, dtype) in arrays.items():
-                _reserve(temporary / f"{name}.npy", count, dtype)
+            folder.chmod(parent.stat().st_mode)  # mkdtemp lets only its owner in
+            for name, (shape, dtype) in arrays.items():
+                shape = shape if isinstance(shape, tuple) else (shape,)
+                header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+                with (folder / f"{name}.npy").open("wb") as file:
+                    np.lib.format.write_array_header_1_0(file, header)
+                    file.truncate(file.tell() + int(np.prod(shape)) * dtype.itemsize)  # zeros, until values are written
         except BaseException:
-            making.discard()
+            entry.discard()
             raise
-        return making
+        return entry
 
-    def _make_room(self, newest: Path, needed: int = 0) -> None:
-        """Removes the entries that were not used for longest until the folder is within its limit.
-
-        Args:
-            newest: an entry that stays.
-            needed: the bytes of one that is still to be written; these are to fit on the disk too.
+    def _make_room(self, needed: int) -> None:
+        """Remove the least recently used entries until `needed` bytes fit within the limit and on the disk.
 
         Raises:
-            OSError: other runs are making entries that leave no room for it.
+            OSError: they cannot fit, for all that may be removed; nothing was removed then.
         """
         assert self.folder is not None
-        entries, begun = [], 0
+        entries, pending = [], 0
         for entry in self.folder.glob("*/*"):
-            with suppress(OSError):
-                if not _is_ours(entry):
+            with suppress(OSError):  # another process may be removing it
+                if not _is_entry(entry):
                     continue
-                used = entry.stat().st_mtime
                 size = sum(file.stat().st_size for file in entry.iterdir())
-                if not entry.name.startswith(_TEMPORARY):
-                    entries.append((used, entry, size))
-                elif time.time() - used > _SECONDS_UNTIL_STALE or (_here() in entry.name and _is_abandoned(entry)):
-                    # Another machine's lock may not be seen, so its beginnings are left until they are stale.
+                if not entry.name.startswith(_PENDING):
+                    entries.append((entry.stat().st_mtime, size, entry))
+                elif _is_abandoned(entry):
                     shutil.rmtree(entry, ignore_errors=True)
                 else:
-                    begun += size
-        if needed and needed + begun > self.limit:
+                    pending += size
+        total = sum(size for _, size, _ in entries)
+        disk = total + shutil.disk_usage(self.folder).free
+        if needed > disk:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder))
+        if needed > self.limit - pending:
             raise OSError(errno.EDQUOT, "other runs are writing there what --cache_limit allows", str(self.folder))
-        total = begun + sum(size for _, _, size in entries)
-        limit = self.limit
-        if needed and needed + begun <= (
-            most := total + shutil.disk_usage(self.folder).free
-        ):  # else it fits in no case
-            limit = min(self.limit, most) - needed
-        for _, entry, size in sorted(entries, key=lambda found: found[0]):
-            if total <= limit or entry == newest:
+        for _, size, entry in sorted(entries):
+            if total + needed <= min(self.limit - pending, disk):
                 break
             shutil.rmtree(entry, ignore_errors=True)
             total -= size
 
 
-def _here() -> str:
-    """Stands in the names of this machine's beginnings that hold a lock."""
-    return f"-{platform.node()}-"
-
-
 @dataclass
-class Making:
-    """An entry whose files are there, their values not yet.
+class PendingEntry:
+    """An entry whose files are reserved and not yet complete.
 
-    Who has begun it keeps or discards it; any process of the machine may `write_values` into its folder.
+    The process that made it calls `keep` or `discard`; all processes of the machine may write values into `folder`.
     """
 
     folder: Path
-    _entry: Path
-    _lock: int | None  # held while the beginning is somebody's
-    _open: bool = field(default=True, init=False)
+    _target: Path
+    _lock: int | None  # held while this process lives
 
     def keep(self) -> None:
-        """Makes it an entry, whole or not at all.
+        """Make it an entry, whole or not at all.
 
         Raises:
-            OSError: that cannot be done.
+            OSError: a file cannot be written, or the folder cannot be renamed.
         """
         for file in self.folder.iterdir():
             with file.open("rb+") as opened:
                 os.fsync(opened.fileno())
-        shutil.rmtree(self._entry, ignore_errors=True)  # broken, or just made by another run
+        shutil.rmtree(self._target, ignore_errors=True)  # broken, or just made by another run
         try:
-            os.rename(self.folder, self._entry)
+            self.folder.rename(self._target)
         except OSError as error:
-            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # then another run has just made the same
                 raise
-            self.discard()  # another run has just made the same
-        else:
-            self._end()
+        self.discard()
 
     def discard(self) -> None:
-        """Removes what there is of it, unless it was kept."""
-        if self._open:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self._end()
-
-    def _end(self) -> None:
-        self._open = False
+        """Remove it, unless it was kept."""
+        shutil.rmtree(self.folder, ignore_errors=True)
         if self._lock is not None:
             os.close(self._lock)
+            self._lock = None
 
 
-def write_values(path: Path, place: int, values: np.ndarray) -> None:
-    """Writes values into an array's file, reserved by `make`, from the value of number `place` on.
-
-    Not through a memory map: there a full disk would kill the process.
+def write_values(path: Path, first: int, values: np.ndarray) -> None:
+    """Write values into a reserved file, from its value number `first` on.
 
     Raises:
-        OSError: the disk is full, or the file is gone.
+        OSError: the disk is full, or the file was removed.
     """
+    # Not through a memory map, where a full disk would kill the process.
     with path.open("rb+", buffering=0) as file:
         np.lib.format.read_magic(file)
         np.lib.format.read_array_header_1_0(file)
-        file.seek(place * values.itemsize, os.SEEK_CUR)
-        left = np.ascontiguousarray(values).data.cast("B")
+        file.seek(first * values.itemsize, os.SEEK_CUR)
+        left = _bytes_of(values)
         while left:
             left = left[file.write(left) :]
-    os.utime(path.parent)  # somebody works on it
+    os.utime(path.parent)  # so that it is not taken for stale
 
 
-def _reserve(path: Path, count: int, dtype: np.dtype) -> None:
-    """Makes the file of an array whose values are all 0, with its whole room on the disk."""
-    with path.open("wb") as file:
-        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
-        np.lib.format.write_array_header_1_0(file, header)
-        file.flush()
-        size = file.tell() + count * dtype.itemsize
-        if hasattr(os, "posix_fallocate"):
-            try:
-                os.posix_fallocate(file.fileno(), 0, size)
-            except OSError as error:
-                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-                    raise
-        file.truncate(size)  # where room cannot be reserved a full disk is met later
+def _bytes_of(array: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
-def _locked(folder: Path) -> int | None:
-    """Locks a folder for as long as this process lives; None where there are no such locks."""
-    if fcntl is None:
-        return None
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
+def _pending_prefix() -> str:
+    return f"{_PENDING}{platform.node()}-"
 
 
-def _is_abandoned(folder: Path) -> bool:
-    """Whether nobody on this machine holds the lock of a folder that was begun here."""
-    try:
-        descriptor = _locked(folder)
-    except OSError:  # gone meanwhile
+def _is_abandoned(entry: Path) -> bool:
+    """Return whether no process writes a pending entry any more."""
+    if time.time() - entry.stat().st_mtime > _SECONDS_UNTIL_STALE:
+        return True
+    if not entry.name.startswith(_pending_prefix()):  # locks of other machines may not be visible here
         return False
-    if descriptor is None:
-        return False
-    os.close(descriptor)
-    return True
+    lock = try_lock(entry)
+    if lock is not None:
+        os.close(lock)
+    return lock is not None
 
 
-def _is_ours(entry: Path) -> bool:
-    """Whether it is an entry, or the beginning of one, and not something of the user's in the same folder."""
+def _is_entry(path: Path) -> bool:
+    """Return whether a path is an entry, pending or not, and not something of the user's in the same folder."""
     return (
-        entry.parent.name in KINDS
-        and bool(_ENTRY_NAME.fullmatch(entry.name))
-        and entry.is_dir()
-        and all(file.suffix == ".npy" and file.is_file() for file in entry.iterdir())
+        path.parent.name in KINDS
+        and bool(_ENTRY_NAME.fullmatch(path.name))
+        and path.is_dir()
+        and all(file.suffix == ".npy" and file.is_file() for file in path.iterdir())
     )

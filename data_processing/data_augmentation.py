@@ -26,8 +26,8 @@ if __package__ in (None, ""):  # python data_processing/data_augmentation.py: th
 
 from data_processing.augmentation.augmenter import BLOCK, Settings
 from data_processing.augmentation.resumable_file import UnfinishedFile
-from data_processing.cache import file_digest
 from data_processing.examples import TextRows
+from data_processing.files import file_digest
 from data_processing.tables import ENCODING
 from data_processing.task_files import read_task_file
 from data_processing.tasks import Task, find_task

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-from data_processing.cache import Cache, digest, file_digest
+from data_processing.cache import Cache, digest
 from data_processing.examples import Examples, read_examples
+from data_processing.files import file_digest
 from data_processing.tasks import Task
 from transformer.tokenization import BertTokenizer
 

@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data_processing.cache import file_digest
 from data_processing.downloads.addresses import Address
 from data_processing.downloads.archives import BeyondLimits, Limits, is_archive, unpack
 from data_processing.downloads.transfer import RetryPolicy, Transfer, drop_part, read_json, read_part, write_json
+from data_processing.files import file_digest
 from transformer.errors import UserError
 
 try:

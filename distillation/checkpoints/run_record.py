@@ -22,8 +22,8 @@ import safetensors
 import tokenizers
 import torch
 
-from data_processing.cache import file_digest
 from data_processing.downloads.addresses import Address, redact
+from data_processing.files import file_digest
 from data_processing.tasks import Task
 from distillation.options import Options
 from distillation.runtime.device import Process
