@@ -1,1 +1,1 @@
-"""Text in, arrays out: tasks, features, batches. Knows no training."""
+"""Text in, arrays out: tasks, examples, features, batches. Knows no training."""

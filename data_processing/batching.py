@@ -1,7 +1,7 @@
-"""Which examples go together, and how they are padded.
+"""Group examples into optimizer steps and micro-batches, and pad them.
 
-A plan is a pure function of (seed, epoch): every process of a run computes the same one and takes
-its own part of each step, so nothing needs to be communicated, not even a loss's denominators.
+The order is a pure function of (seed, epoch): each process of a run computes the same one and takes its own part of
+each step, so processes communicate neither the order nor the denominators of the losses.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from torch import Tensor
 
 from data_processing.features import Features
 
-_STEPS_SORTED_TOGETHER = 50
+_STEPS_PER_SORT = 50  # how many steps of the shuffle are sorted by length together
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 class LossDenominators(NamedTuple):
-    """What the losses of one optimizer step are divided by, over all processes and micro-batches.
+    """The denominators of the losses of one optimizer step, over all its processes and micro-batches.
 
-    examples: in the step. tokens: Σ of the examples' lengths. pairs: Σ of their squares, the
-    (query, key) pairs of one attention head. Padding to the maximum counts padding too.
+    examples: how many there are; n_i is the length of example i, or the maximum where padding counts.
+    tokens: N = Σ n_i, of the hidden losses. pairs: P = Σ n_i², the (query, key) pairs of one head, of the attention
+    losses.
     """
 
     examples: int
@@ -38,7 +39,7 @@ class LossDenominators(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One optimizer step: this process's micro-batches, as example numbers, and the whole step's totals."""
+    """One optimizer step: this process's micro-batches, as example numbers, and the denominators of the whole step."""
 
     micro_batches: list[np.ndarray]
     denominators: LossDenominators
@@ -47,10 +48,11 @@ class Step(NamedTuple):
 class Batch(NamedTuple):
     """Examples padded to one length.
 
-    input_ids, token_type_ids, attention_mask: [batch, length]. labels: [batch].
+    input_ids, token_type_ids, attention_mask: [batch, length].
+    labels: [batch].
     examples: [batch] their numbers in the features.
-    teacher_states: [batch, layers, length, hidden], teacher_scores: [batch, layers, heads, query, key]; what a
-        teacher has said of them, where that was fetched: 0 at padding.
+    teacher_states: [batch, layers, length, hidden] cached hidden states, 0 at padding; None if not fetched.
+    teacher_scores: [batch, layers, heads, query, key] cached attention scores, 0 at padding; None if not fetched.
     """
 
     input_ids: Tensor
@@ -63,26 +65,27 @@ class Batch(NamedTuple):
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What a model takes, in its order."""
+        """The arguments of a model, in their order."""
         return self.input_ids, self.token_type_ids, self.attention_mask
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on another device."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        """Copy the batch to another device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> Batch:
-        """The same batch in memory from which a GPU copies while it computes."""
-        return self._each(lambda tensor: tensor.pin_memory())
+        """Copy the batch to pinned memory, from which a GPU copies while it computes."""
+        return self._map(lambda tensor: tensor.pin_memory())
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         return self._replace(**{name: change(tensor) for name, tensor in self._asdict().items() if tensor is not None})
 
 
 @dataclass(frozen=True)
 class Collator:
-    """How batches are padded: to their longest example, or (`to_maximum`) all to max_seq_length.
+    """Pads examples into batches.
 
-    few_lengths: whether the longest is rounded up by `next_of_few`.
+    to_maximum: pad to max_seq_length, as the original does; otherwise to the longest example of the batch.
+    bucketed_lengths: round the longest example's length up by `bucketed_length`.
     """
 
     to_maximum: bool
@@ -91,12 +94,12 @@ class Collator:
     bucketed_lengths: bool = False
 
     def denominators(self, lengths: np.ndarray) -> LossDenominators:
-        """The totals of a step whose examples have these lengths."""
+        """Return the denominators of a step whose examples have these lengths [examples]."""
         lengths = np.full_like(lengths, self.max_seq_length) if self.to_maximum else lengths
         return LossDenominators(len(lengths), int(lengths.sum()), int((lengths**2).sum()))
 
     def collate(self, features: Features, examples: np.ndarray) -> Batch:
-        """Pads the examples of these numbers into a batch."""
+        """Pad the examples of these numbers [batch] into a batch; there may be none."""
         lengths = features.offsets[examples + 1] - features.offsets[examples]
         width = self._width(int(lengths.max(initial=1)))
         columns = np.arange(width)
@@ -115,14 +118,14 @@ class Collator:
     def _width(self, longest: int) -> int:
         if self.to_maximum:
             return self.max_seq_length
-        return min(next_of_few(longest), self.max_seq_length) if self.bucketed_lengths else longest
+        return min(bucketed_length(longest), self.max_seq_length) if self.bucketed_lengths else longest
 
 
-def next_of_few(length: int) -> int:
-    """A length rounded up to a multiple of 1 (up to 16), 2 (up to 32), 4 (up to 64) and so on: an eighth more at most.
+def bucketed_length(length: int) -> int:
+    """Round a length up to a multiple of 1 (up to 16), 2 (up to 32), 4 (up to 64) and so on: by an eighth at most.
 
-    In half precision oneDNN makes kernels for each length that it meets, and keeps them: that takes time and memory,
-    and a training set may have hundreds of lengths.
+    In half precision oneDNN compiles and keeps kernels for each length, which costs time and memory, and a training
+    set may have hundreds of lengths.
     """
     step = 1 << max(0, (length - 1).bit_length() - 4)
     return -(-length // step) * step
@@ -130,13 +133,15 @@ def next_of_few(length: int) -> int:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """The order in which a training set is learned.
+    """The order of a training set's examples, by seed and epoch.
 
-    Each epoch is a new shuffle of all examples, cut into steps of `batch_size`; the last step of an
-    epoch takes what is left. With `group_by_length` the examples of a step are of like length, so
-    that little is padded: of each 50 steps in the shuffle the examples are sorted, and then the order
-    of all steps is shuffled. Each step is cut into `accumulation` micro-batches for each of
-    `world_size` processes, as even as can be; some may be empty.
+    Each epoch is a new shuffle of all examples, cut into steps of `batch_size`; the last step of an epoch has the
+    remainder. Each step is cut evenly into `accumulation` micro-batches for each of `world_size` processes; some may
+    be empty.
+
+    lengths: [examples] in tokens.
+    group_by_length: give each step examples of similar length, so that little is padded: the examples of each 50
+        steps of the shuffle are sorted by length, then the steps of the epoch are shuffled.
     """
 
     lengths: np.ndarray
@@ -150,11 +155,11 @@ class TrainingPlan:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps of one epoch."""
+        """The number of optimizer steps of an epoch."""
         return math.ceil(len(self.lengths) / self.batch_size)
 
     def epoch(self, number: int) -> Iterator[Step]:
-        """The steps of an epoch, counted from 0."""
+        """Yield the steps of an epoch, counted from 0."""
         random = np.random.default_rng([self.seed, number])
         order = random.permutation(len(self.lengths))
         for examples in self._grouped(order, random) if self.group_by_length else self._cut(order):
@@ -166,7 +171,7 @@ class TrainingPlan:
 
     def _grouped(self, order: np.ndarray, random: np.random.Generator) -> list[np.ndarray]:
         full = len(order) // self.batch_size * self.batch_size
-        window = _STEPS_SORTED_TOGETHER * self.batch_size
+        window = _STEPS_PER_SORT * self.batch_size
         sorted_windows = [
             part[np.argsort(self.lengths[part], kind="stable")]
             for part in (order[start : min(start + window, full)] for start in range(0, full, window))
@@ -177,9 +182,9 @@ class TrainingPlan:
 
 
 def prefetch(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
-    """map(function, items), in order, worked out up to two items a worker ahead in `workers` threads.
+    """Yield map(function, items) in order, computed up to two items per worker ahead in `workers` threads.
 
-    With no workers it is worked out when asked for.
+    Without workers each result is computed when it is requested.
     """
     if workers == 0:
         yield from map(function, items)

@@ -1,7 +1,6 @@
-"""From a task's examples to token ids.
+"""Turn a task's examples into token ids.
 
-All tokens of a file lie in one array, one example after the other, without padding: what a batch
-pads is the batch's affair (`batching.py`).
+One array holds all tokens of a file, one example after the other, without padding; `batching.py` pads.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from data_processing.files import file_digest
 from data_processing.tasks import Task
 from transformer.tokenization import BertTokenizer
 
-_CACHED_FORM = 1  # raised when the arrays of `Features` change their meaning
-_EXAMPLES_AT_ONCE = 2**16  # bounds what tokenizing needs beside its result
+_CACHED_FORM = 1  # increased when the arrays of `Features` change their meaning
+_CHUNK = 2**16  # bounds the memory of tokenizing
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Features:
         int32 where the vocabulary is larger.
     offsets: [examples + 1]; example i is tokens[offsets[i]:offsets[i + 1]].
     first_lengths: [examples] tokens of segment 0, its [CLS] and [SEP] included.
-    labels: [examples] as in `Examples`.
+    labels: [examples] ids or scores, as in `Examples`.
     """
 
     tokens: np.ndarray
@@ -45,12 +44,12 @@ class Features:
 
     @property
     def lengths(self) -> np.ndarray:
-        """[examples] tokens of each, specials included."""
+        """[examples] the number of tokens of each, [CLS] and [SEP] included."""
         return np.diff(self.offsets)
 
 
 def load_features(path: Path, task: Task, tokenizer: BertTokenizer, max_seq_length: int, cache: Cache) -> Features:
-    """Reads and tokenizes a train or dev file of a task, or finds it tokenized in the cache.
+    """Read and tokenize a train or dev file of a task, or load its features from the cache.
 
     Raises:
         UserError: as for `read_examples`.
@@ -58,7 +57,7 @@ def load_features(path: Path, task: Task, tokenizer: BertTokenizer, max_seq_leng
     try:
         content = file_digest(path)
     except OSError:
-        return make_features(read_examples(path, task), tokenizer, max_seq_length)  # which tells what is wrong with it
+        return make_features(read_examples(path, task), tokenizer, max_seq_length)  # raises a UserError about the file
     key = digest(
         version=_CACHED_FORM,
         content=content,
@@ -70,24 +69,24 @@ def load_features(path: Path, task: Task, tokenizer: BertTokenizer, max_seq_leng
         columns=[task.text_columns, task.label_column],
     )
     names = [field.name for field in fields(Features)]
-    known = cache.get("features", key, names)
-    if known is not None:
-        return Features(**known)
+    cached = cache.get("features", key, names)
+    if cached is not None:
+        return Features(**cached)
     features = make_features(read_examples(path, task), tokenizer, max_seq_length)
     cache.put("features", key, {name: getattr(features, name) for name in names})
     return features
 
 
 def make_features(examples: Examples, tokenizer: BertTokenizer, max_seq_length: int) -> Features:
-    """Tokenizes and truncates examples.
+    """Tokenize and truncate examples.
 
-    A single text keeps its first max_seq_length - 2 WordPieces. Of a pair the longer text loses its
-    last piece, the second one where both are as long, until both fit in max_seq_length - 3.
+    A single text keeps its first max_seq_length - 2 WordPieces. In a pair the longer text loses its last WordPiece,
+    the second text if both are of one length, until both fit in max_seq_length - 3.
     """
     tokens, offsets, first_lengths = [], [np.zeros(1, dtype=np.int64)], []
-    for start in range(0, len(examples), _EXAMPLES_AT_ONCE):
-        sides = [tokenizer.encode_flat(side[start : start + _EXAMPLES_AT_ONCE]) for side in examples.texts]
-        joined, ends, kept = _joined(sides, tokenizer, max_seq_length)
+    for start in range(0, len(examples), _CHUNK):
+        sides = [tokenizer.encode_flat(side[start : start + _CHUNK]) for side in examples.texts]
+        joined, ends, kept = _join(sides, tokenizer, max_seq_length)
         tokens.append(joined)
         offsets.append(offsets[-1][-1] + ends)
         first_lengths.append(kept[0] + 2)
@@ -99,18 +98,19 @@ def make_features(examples: Examples, tokenizer: BertTokenizer, max_seq_length: 
     )
 
 
-def _joined(
+def _join(
     sides: Sequence[tuple[np.ndarray, np.ndarray]], tokenizer: BertTokenizer, max_seq_length: int
 ) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-    """[CLS] text [SEP], or [CLS] first [SEP] second [SEP], of all examples one after the other.
+    """Join the texts of examples as [CLS] text [SEP], or [CLS] first [SEP] second [SEP], one example after the other.
 
     Args:
-        sides: the ids of all first texts, and how many each has; the same of the second ones.
+        sides: for the first texts, and for the second ones: their ids [total ids] and lengths [examples].
 
     Returns:
-        The tokens, the offsets of the examples' ends, and how many pieces each text keeps.
+        The tokens [total tokens], the offsets of the examples' ends [examples], and for each side how many ids each
+        text keeps [examples].
     """
-    kept = _truncated([lengths for _, lengths in sides], max_seq_length - len(sides) - 1)
+    kept = _truncate([lengths for _, lengths in sides], max_seq_length - len(sides) - 1)
     ends = np.cumsum(sum(kept) + 1 + len(sides))
     place = np.concatenate([[0], ends[:-1]])
     tokens = np.empty(ends[-1], dtype=np.uint16 if len(tokenizer) <= 2**16 else np.int32)
@@ -125,11 +125,11 @@ def _joined(
     return tokens, ends, kept
 
 
-def _truncated(lengths: Sequence[np.ndarray], room: int) -> list[np.ndarray]:
-    """How many pieces each text keeps so that all of an example fit in `room`.
+def _truncate(lengths: Sequence[np.ndarray], room: int) -> list[np.ndarray]:
+    """Return how many ids each text keeps so that those of an example fit in `room`, for each side [examples].
 
-    The same as taking pieces one at a time from the longer of two texts, and from the second where
-    both are as long: the shorter keeps all it has, up to half of the room.
+    The result equals removing one id at a time from the longer of two texts, or from the second if both are of one
+    length: the shorter text keeps all of its ids, up to half of the room.
     """
     if len(lengths) == 1:
         return [np.minimum(lengths[0], room)]

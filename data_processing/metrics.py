@@ -1,7 +1,7 @@
-"""What predictions are judged by: the metrics of GLUE, under the names that logs and results give them.
+"""The metrics of GLUE, and others, under the names that logs and results use.
 
-A metric takes predictions and labels [examples] (label ids, or scores) and returns its values by name.
-One that is not defined for them, such as the correlation of constant predictions, is 0.
+A metric takes predictions and labels, both [examples] label ids or scores, and returns its values by name. A value that
+is not defined, such as the correlation of constant predictions, is 0.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ Values = dict[str, float]
 
 @dataclass(frozen=True)
 class Metric:
-    """A way to judge predictions.
+    """A function that evaluates predictions.
 
-    compute: (predictions, labels), both [examples] and never empty, to values by name.
-    chosen_by: the value that chooses the checkpoint.
-    regression: whether it judges scores; otherwise it judges label ids.
-    two_labels: whether it is for tasks of two labels only.
+    compute: takes predictions and labels, both [examples] and not empty, and returns values by name.
+    chosen_by: the value that selects the best checkpoint.
+    regression: whether it takes scores; otherwise it takes label ids.
+    two_labels: whether it is only for tasks of two labels.
     """
 
     compute: Callable[[np.ndarray, np.ndarray], Values]
@@ -33,26 +33,26 @@ class Metric:
 
     def __call__(self, predictions: np.ndarray, labels: np.ndarray) -> Values:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what is not defined: it is 0, which tells as much
+            warnings.simplefilter("ignore")  # about undefined values, which become 0
             values = self.compute(predictions, labels)
         return {name: value if math.isfinite(value) else 0.0 for name, value in values.items()}
 
 
 def accuracy(predictions: np.ndarray, labels: np.ndarray) -> Values:
-    """`acc`: the share of label ids that are right."""
+    """Return `acc`: the share of correct label ids."""
     return {"acc": float((predictions == labels).mean())}
 
 
 def accuracy_and_f1(predictions: np.ndarray, labels: np.ndarray) -> Values:
-    """`acc`, `f1` of label id 1, and `acc_and_f1`, their mean."""
-    from sklearn.metrics import f1_score  # here, since importing it takes a second
+    """Return `acc`, `f1` of label id 1, and their mean `acc_and_f1`."""
+    from sklearn.metrics import f1_score  # not above: importing it takes a second
 
     acc, f1 = accuracy(predictions, labels)["acc"], float(f1_score(labels, predictions, zero_division=0))
     return {"acc": acc, "f1": f1, "acc_and_f1": (acc + f1) / 2}
 
 
 def macro_f1(predictions: np.ndarray, labels: np.ndarray) -> Values:
-    """`acc`, and `macro_f1`, the mean of the labels' own F1, of those that are given or predicted at all."""
+    """Return `acc`, and `macro_f1`: the mean F1 of the labels that occur in `labels` or `predictions`."""
     from sklearn.metrics import f1_score
 
     value = float(f1_score(labels, predictions, average="macro", zero_division=0))
@@ -60,14 +60,14 @@ def macro_f1(predictions: np.ndarray, labels: np.ndarray) -> Values:
 
 
 def matthews(predictions: np.ndarray, labels: np.ndarray) -> Values:
-    """`mcc`: Matthews' correlation coefficient, from -1 to 1."""
+    """Return `mcc`: Matthews' correlation coefficient, from -1 to 1."""
     from sklearn.metrics import matthews_corrcoef
 
     return {"mcc": float(matthews_corrcoef(labels, predictions))}
 
 
 def correlation(predictions: np.ndarray, labels: np.ndarray) -> Values:
-    """`pearson` and `spearmanr` of scores, and `corr`, their mean."""
+    """Return `pearson` and `spearmanr` of scores, and their mean `corr`."""
     from scipy.stats import pearsonr, spearmanr
 
     if len(labels) < 2:
@@ -78,8 +78,7 @@ def correlation(predictions: np.ndarray, labels: np.ndarray) -> Values:
     return {"pearson": pearson, "spearmanr": spearman, "corr": (pearson + spearman) / 2}
 
 
-# By the names that task files give them.
-METRICS = {
+METRICS = {  # by their names in task files
     "accuracy": Metric(accuracy, "acc"),
     "accuracy_and_f1": Metric(accuracy_and_f1, "acc", two_labels=True),
     "f1": Metric(accuracy_and_f1, "f1", two_labels=True),

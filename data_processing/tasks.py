@@ -1,6 +1,6 @@
-"""The table of tasks: a row says where a task's files, columns and labels are, and how it is judged.
+"""The table of tasks: for each one its files, columns, labels and metric.
 
-A further task of GLUE would be a further row; a user's own is described by a file (`task_files.py`).
+A further task of GLUE would be a further row; a task of the user's own is described by a file (`task_files.py`).
 Nothing else in the project knows a task's name.
 """
 
@@ -14,33 +14,30 @@ from pathlib import Path
 from data_processing.metrics import METRICS, Metric
 from transformer.errors import UserError
 
-Column = int | str  # its number, from 0 and from the end as -1, or its name in the file's first row
+Column = int | str  # its number, counted from 0 or, as -1, from the end; or its name in the file's first row
 
 
 @dataclass(frozen=True)
 class Task:
     """One row of the table.
 
-    name: as GLUE writes it; flags name it in any case.
-    text_columns: the columns of the one or two texts.
-    label_column: the label's column.
-    labels: the labels in the order of their ids, as the files write them; none where the task is a regression.
-    meanings: the labels in words, where files write numbers; models from elsewhere name their labels so.
-    metric: what predictions are judged by.
-    form: of all files: `tsv` (columns split at tabs, quotation marks mean nothing), `csv` or `jsonl`.
-    has_header: whether train and dev files begin with a row of column names.
-    skips_short_rows: whether rows with too few columns are left out; otherwise they are errors.
-    train_file, augmented_file: by names in the data folder.
-    dev_files: the files that are evaluated. The first one's `metric.chosen_by` chooses the checkpoint.
-    dev_suffixes: what is added to the output folder's name for each dev file's eval_results.txt.
-    test_files: the files without labels. test_has_header: whether they begin with a row of column names.
-    test_text_columns: as `text_columns`, of the test files; None where they are the same.
-    id_column: of the test files; None where their rows are counted from 0.
-    submissions: the names of the predictions for each test file.
-    score_range: least and greatest score of a regression, which predictions are cut to; None where any will do.
-    intermediate_epochs, max_seq_length: defaults of the original; None where it has none.
-    lower_case: whether the task's models lower-case; None leaves it to --do_lower_case.
-    augmentation_n: how many new texts data augmentation makes of one, of the original; None where it has none.
+    name: as GLUE writes it; flags accept it in any case.
+    text_columns: of the one or two texts. label_column: of the label.
+    labels: in the order of their ids, as the files write them; empty if the task is a regression.
+    meanings: the labels as words, where files write numbers; models trained elsewhere name their labels so.
+    metric: evaluates predictions, and selects the checkpoint by the first dev file.
+    form: of all files: `tsv` (cells split at tabs, quotation marks have no meaning), `csv` or `jsonl`.
+    has_header, test_has_header: whether train and dev files, or test files, begin with a row of column names.
+    skips_short_rows: leave out rows that have too few columns; otherwise they are errors.
+    train_file, augmented_file, dev_files, test_files: names in the data folder. Test files have no labels.
+    dev_suffixes: for each dev file, what is added to the name of the output folder that holds its eval_results.txt.
+    test_text_columns: of test files; None if they are the same.
+    id_column: of test files; None if rows are counted from 0.
+    submissions: the names of the prediction files, one per test file.
+    score_range: of a regression: predictions are clipped to it; None for any score.
+    intermediate_epochs, max_seq_length: the original's defaults; None if it has none.
+    lower_case: whether the task's models are uncased; None leaves it to --do_lower_case.
+    augmentation_n: how many new texts the original's data augmentation makes of one; None if it has no number.
     """
 
     name: str
@@ -69,16 +66,16 @@ class Task:
 
     @property
     def is_regression(self) -> bool:
-        """Whether the label is a score, a number, and not one of some labels."""
+        """Whether labels are scores, that is, numbers instead of names."""
         return not self.labels
 
     @property
     def outputs(self) -> int:
-        """How many logits a model of this task has: one for each label, or the score alone."""
+        """The number of logits of a model of this task: one per label, or one for the score."""
         return len(self.labels) or 1
 
-    def written(self, predictions: Iterable[float]) -> list[str]:
-        """Predicted label ids, or scores, as the task's files write them."""
+    def format_predictions(self, predictions: Iterable[float]) -> list[str]:
+        """Return predicted label ids or scores as the task's files write them."""
         if self.is_regression:
             least, greatest = self.score_range or (-math.inf, math.inf)
             return [f"{min(max(score, least), greatest):.3f}" for score in predictions]
@@ -209,7 +206,7 @@ TASKS = (
 
 
 def augmentation_command(task: Task, data_dir: Path) -> str:
-    """The command that makes a task's augmented file, for messages."""
+    """Return the command that makes a task's augmented file, for messages."""
     which = f"--task_name {task.name}" if task in TASKS else "--task_file FILE"
     count = "" if task.augmentation_n else " --N 20"
     return (
@@ -219,13 +216,14 @@ def augmentation_command(task: Task, data_dir: Path) -> str:
 
 
 def find_task(name: str, offered: Sequence[str] | None = None) -> Task:
-    """The task of that name, in any case.
+    """Return the task of a name in any case.
 
     Args:
-        offered: the tasks that a message names; all where not given.
+        name: from --task_name.
+        offered: the names that the error message lists; all if not given.
 
     Raises:
-        UserError: there is none.
+        UserError: no task has that name.
     """
     for task in TASKS:
         if task.name.lower() == name.lower():

@@ -145,7 +145,7 @@ def run_predictions(options: Options, process: Process) -> None:
             logits = predict(loaded.model, features, collator, options.eval_batch_size, process, precision)
             fps = len(rows) / (time.perf_counter() - begin)
             ids = rows.ids or [str(number) for number in range(len(rows))]
-            predicted[names[file]] = ids, task.written(predictions(logits, task))
+            predicted[names[file]] = ids, task.format_predictions(predictions(logits, task))
             logger.info("%s: predicted %d rows, %.0f a second", file, len(rows), fps)
             log.record("predict", file=file, model=str(options.student_model), examples=len(rows), fps=fps)
         if process.is_main:

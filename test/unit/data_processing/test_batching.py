@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_processing.batching import Collator, LossDenominators, TrainingPlan, next_of_few, prefetch
+from data_processing.batching import Collator, LossDenominators, TrainingPlan, bucketed_length, prefetch
 from data_processing.features import Features
 
 LENGTHS = np.array([3, 9, 4, 12, 2, 7, 5, 5, 11, 6, 2, 10, 8, 3, 4, 6, 9])
@@ -115,7 +115,7 @@ def test_collating_equals_a_plain_loop(features, padding, chosen):
 
 def test_few_lengths_are_an_eighth_more_at_most():
     lengths = range(1, 513)
-    padded = [next_of_few(length) for length in lengths]
+    padded = [bucketed_length(length) for length in lengths]
     assert padded[:16] == list(range(1, 17))
     assert all(length <= padded_length <= 1.125 * length for length, padded_length in zip(lengths, padded, strict=True))
     assert padded == sorted(padded)

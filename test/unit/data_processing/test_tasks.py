@@ -187,16 +187,16 @@ def test_short_rows_of_the_other_tasks_are_mistakes(tmp_path, name):
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "STS-B"])
 def test_label_ids_are_written_as_the_files_write_labels(name):
     task = find_task(name)
-    assert task.written([1, 0, 1]) == [task.labels[1], task.labels[0], task.labels[1]]
-    assert task.written([len(task.labels) - 1]) == [task.labels[-1]]
+    assert task.format_predictions([1, 0, 1]) == [task.labels[1], task.labels[0], task.labels[1]]
+    assert task.format_predictions([len(task.labels) - 1]) == [task.labels[-1]]
 
 
 def test_scores_are_cut_to_those_there_are_and_written_with_three_decimals():
     scores = [-0.3, -1e-9, 0.0, 2.71828, 4.9996, 5.0, 7.5, math.inf, -math.inf]
     expected = ["0.000", "0.000", "0.000", "2.718", "5.000", "5.000", "5.000", "5.000", "0.000"]
-    assert find_task("STS-B").written(scores) == expected
+    assert find_task("STS-B").format_predictions(scores) == expected
     anything = dataclasses.replace(find_task("STS-B"), score_range=None)
-    assert anything.written([-0.3, 1234.5678]) == ["-0.300", "1234.568"]
+    assert anything.format_predictions([-0.3, 1234.5678]) == ["-0.300", "1234.568"]
 
 
 def test_a_task_of_the_table_names_what_every_task_has():

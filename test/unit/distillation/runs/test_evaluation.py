@@ -216,6 +216,6 @@ def test_half_precision_has_few_lengths_on_a_cpu(device, few):
 @pytest.mark.parametrize("stage", [{"pred_distill": True}, {}, {"do_eval": True}], ids=str)
 def test_a_run_in_half_precision_pads_to_few_lengths(sst2, monkeypatch, amp, stage):
     rounded = []
-    monkeypatch.setattr(batching, "next_of_few", lambda length: rounded.append(length) or length)
+    monkeypatch.setattr(batching, "bucketed_length", lambda length: rounded.append(length) or length)
     assert sst2.run(amp=amp, amp_dtype="bf16", padding="longest", **stage).status == 0
     assert bool(rounded) is amp
