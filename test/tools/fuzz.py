@@ -1,12 +1,12 @@
-"""Command: feeds broken files to every reader of the project, for as long as it is told.
+"""Command: feed broken files to every reader of the project.
 
     python test/tools/fuzz.py --seconds 300                    # all readers in turn
     python test/tools/fuzz.py --seconds 60 --readers weights archive --seed 7
 
-Each file is a good one, spoiled: bytes turned, cut, doubled, put in; in JSON also values that are absurd. A
-reader may read it or refuse it with a UserError. Anything else is a fault: another exception, more than two gigabytes
-more memory, more than ten seconds, a file outside the target or one that is left of a refused archive. The input of a
-fault is kept in --keep; the exit status is then 1. Seeds make runs repeat.
+Each file is a good one with changes: bytes flipped, removed, repeated, inserted; in JSON also absurd values. A reader
+may read it or refuse it with a UserError. Anything else is a fault: another exception, more than two gigabytes of
+additional memory, more than ten seconds, a file outside the target, or files left by a refused archive. The input of a
+fault is kept in --keep, and the exit status is then 1. A seed reproduces a run.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ WORDS += [b"1" * 5000]
 
 
 class Reader(NamedTuple):
-    """What is fuzzed. good: the files that are spoiled, with their names. read: reads one in its folder."""
+    """A reader under test. good: the names and contents of valid files. read: reads one from its folder."""
 
     good: Callable[[], list[tuple[str, bytes]]]
     read: Callable[[Path], object]
@@ -155,7 +155,7 @@ def _weights() -> list[tuple[str, bytes]]:
 
 
 def _read_model(path: Path) -> None:
-    """A whole model, of which one file is spoiled."""
+    """Load a whole model, of which one file is broken."""
     others = {"config.json": json.dumps(CONFIG).encode(), "vocab.txt": "\n".join(VOCABULARY).encode() + b"\n"}
     others["pytorch_model.bin"] = _weights()[0][1]
     for name, content in others.items():
@@ -234,7 +234,7 @@ READERS: dict[str, Reader] = {
 
 
 def spoiled(content: bytes, chance: random.Random, json_like: bool) -> bytes:
-    """A good file with one to some faults."""
+    """Return a good file with one or more faults."""
     if json_like and chance.random() < 0.6:
         try:
             values = json.loads(content)
@@ -268,7 +268,7 @@ def spoiled(content: bytes, chance: random.Random, json_like: bool) -> bytes:
 
 
 def _absurd(values: Any, chance: random.Random) -> Any:
-    """The same JSON with one value, at any depth, made absurd, doubled or gone."""
+    """Return JSON with one value, at any depth, replaced by an absurd one or removed."""
     if isinstance(values, (dict, list)) and values and chance.random() < 0.8:
         key = chance.choice(list(values)) if isinstance(values, dict) else chance.randrange(len(values))
         values = dict(values) if isinstance(values, dict) else list(values)
@@ -282,7 +282,7 @@ def _absurd(values: Any, chance: random.Random) -> Any:
 
 @contextlib.contextmanager
 def _bounded() -> Iterator[None]:
-    """More memory than BYTES_MORE is a MemoryError, more time than SECONDS_A_FILE a TimeoutError."""
+    """Raise MemoryError above BYTES_MORE of additional memory, TimeoutError after SECONDS_A_FILE."""
 
     def late(*_: object) -> None:
         raise TimeoutError(f"more than {SECONDS_A_FILE} s")
@@ -302,7 +302,7 @@ def _bounded() -> Iterator[None]:
 
 
 def try_one(reader: Reader, name: str, content: bytes, folder: Path) -> tuple[str, str]:
-    """Reads a file in a folder of its own. Returns `read`, `refused` or `fault`, and what the fault was."""
+    """Read a file in a folder of its own. Return `read`, `refused` or `fault`, and a description of the fault."""
     place = folder / "place" / "inner"
     shutil.rmtree(folder / "place", ignore_errors=True)
     place.mkdir(parents=True)
@@ -323,12 +323,12 @@ def try_one(reader: Reader, name: str, content: bytes, folder: Path) -> tuple[st
 
 
 def main() -> int:
-    """Fuzzes, prints the counts; returns the exit status."""
+    """Fuzz, print the counts, and return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=60.0, help="how long, in all (%(default)s)")
-    parser.add_argument("--readers", nargs="+", choices=[*READERS, "glove"], help="default: all there are")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of the whole run (%(default)s)")
+    parser.add_argument("--readers", nargs="+", choices=[*READERS, "glove"], help="default: all")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keep", type=Path, default=Path("fuzz_faults"), help="where inputs of faults are kept")
+    parser.add_argument("--keep", type=Path, default=Path("fuzz_faults"), help="folder for the inputs of faults")
     flags = parser.parse_args()
     readers = dict(READERS)
     if importlib.util.find_spec("data_processing.augmentation.glove") is not None:
@@ -344,21 +344,21 @@ def main() -> int:
             good = readers[name].good()
             for file, content in good:
                 outcome = try_one(readers[name], file, content, Path(made))
-                assert outcome[0] == "read", f"the good {file} is not read: {outcome[1]}"
+                assert outcome[0] == "read", f"{file}: the good file is not read: {outcome[1]}"
             end = time.monotonic() + flags.seconds / len(names)
             while time.monotonic() < end:
                 file, content = chance.choice(good)
                 bad = spoiled(content, chance, json_like=file.endswith(".json"))
-                result, told = try_one(readers[name], file, bad, Path(made))
+                result, fault = try_one(readers[name], file, bad, Path(made))
                 counts[name][result] += 1
                 if result == "fault":
-                    kind = f"{name}: {told.strip().splitlines()[-1][:150]}"
+                    kind = f"{name}: {fault.strip().splitlines()[-1][:150]}"
                     faults[kind] += 1
                     if faults[kind] == 1:
                         flags.keep.mkdir(parents=True, exist_ok=True)
                         kept = flags.keep / f"{name}-{len(faults)}-{file}"
                         kept.write_bytes(bad)
-                        print(f"{kept}\n{told}", flush=True)
+                        print(f"{kept}\n{fault}", flush=True)
             shown = ", ".join(f"{counts[name][kind]} {kind}" for kind in ("read", "refused", "fault"))
             print(f"{number + 1} of {len(names)}, {name}: {sum(counts[name].values())} files, {shown}", flush=True)
     total = sum((count for count in counts.values()), Counter())

@@ -1,7 +1,7 @@
-"""Not a test: the tasks of GLUE as their files are written, on rows of a small vocabulary.
+"""Not a test: files of each task of GLUE, with rows of a small vocabulary.
 
-What the project reads is described here a second time, so that its own table of tasks is tried and not
-repeated. Sentences are of the vocabulary's whole words: a word is a piece.
+The tasks are described here independently of the project's own table, which the tests compare with it. All words are
+in the vocabulary, so that each word is one WordPiece.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ import task_distill
 from transformer.heads import TinyBertForSequenceClassification
 
 VOCABULARY = Golden("sst2_small").case["vocab"]
-MARKS = ("good", "bad", "dull")  # the word that tells a row's label
+MARKS = ("good", "bad", "dull")  # the word that determines the label, by its id
 WORDS = [word for word in VOCABULARY[6:56] if word.isalpha() and word not in MARKS]
-TRAIN, DEV, TEST = 12, 10, 7  # rows; in several tests they are cut by batches of 4
-LONG = 50  # three times as many words are more than any task's length
+TRAIN, DEV, TEST = 12, 10, 7  # rows; not divisible by the batches of 4 in several tests
+LONG = 50  # three times as many words exceed every task's length
 
 
 class Row(NamedTuple):
-    """An example: what it is called in a test file, its label as files write it, and its one or two texts."""
+    """An example: its id in a test file, its label as files write it, and its one or two texts."""
 
     id: str
     label: str
@@ -37,11 +37,11 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Form:
-    """A task's files, columns split by `|`. A file's row of names is empty where GLUE writes none.
+    """The form of a task's files, with columns split by `|`. The row of names is empty if GLUE writes none.
 
-    train, dev, test: the row of names, and each further row.
-    labels: as the files write them; none where they are scores.
-    epochs, length: of the intermediate stage and of every stage, where no flag says otherwise.
+    train, dev, test: the row of names, and the template of the other rows.
+    labels: as the files write them; empty for scores.
+    epochs, length: the defaults of the intermediate stage and of all stages.
     """
 
     train: tuple[str, str]
@@ -160,7 +160,7 @@ FORMS = {
 
 
 def rows_of(form: Form, count: int, seed: int) -> list[Row]:
-    """Rows whose last text holds the word that tells the label, for a score as often as it is high."""
+    """Return rows whose last text holds the word of their label; for scores, more often the higher the score."""
     choose = random.Random(seed)
     rows = []
     for number in range(count):
@@ -168,14 +168,14 @@ def rows_of(form: Form, count: int, seed: int) -> list[Row]:
         label = form.labels[id_of_label] if form.labels else f"{5 * number / (count - 1):.2f}"
         marks = [MARKS[id_of_label]] if form.labels else [MARKS[0]] * number
         last = " ".join(["the", *marks, *choose.choices(WORDS, k=choose.randint(1, 6))])
-        # A lone quotation mark is a character as any other in these files.
+        # In these files a quotation mark is a character like any other.
         texts = (f'" {choose.choice(("a", "one"))} story', last) if form.texts == 2 else (f'" {last}',)
         rows.append(Row(str(100 * seed + 7 * number), label, texts))
     return rows
 
 
 def write_file(path: Path, form: tuple[str, str], rows: Sequence[Row]) -> None:
-    """A .tsv file in a form of `Form`."""
+    """Write a .tsv file: a row of names and a template, as in `Form`."""
     names, template = form
     lines = [names.split("|")] if names else []
     for row in rows:
@@ -185,7 +185,7 @@ def write_file(path: Path, form: tuple[str, str], rows: Sequence[Row]) -> None:
 
 
 def workplace(folder: Path, name: str) -> tuple[Workplace, dict[str, list[Row]]]:
-    """The task's files, an encoder of two layers that is to be the teacher, a student of one; the rows by file."""
+    """Write a task's files, a teacher's encoder of two layers, and a student of one; return the rows by file."""
     form, golden = FORMS[name], Golden("sst2_small")
     place = Workplace(folder, name, form.length)
     place.entry = task_distill
@@ -199,7 +199,7 @@ def workplace(folder: Path, name: str) -> tuple[Workplace, dict[str, list[Row]]]
         weights = weights_of(encoder_shapes(config) | projection)
         for key in weights:
             if key.endswith("weight") and "LayerNorm" not in key:
-                weights[key] *= 4  # so that the first token's state depends on the others, and a few steps are enough
+                weights[key] *= 4  # so that predictions depend on all tokens, and a few training steps suffice
         write_model(folder / role, config, weights, VOCABULARY)
     rows = {"train.tsv": rows_of(form, TRAIN, 0)}
     rows |= {file: rows_of(form, DEV, seed) for seed, file in enumerate(form.dev_files, start=1)}
@@ -214,7 +214,7 @@ def workplace(folder: Path, name: str) -> tuple[Workplace, dict[str, list[Row]]]
 
 
 def inputs_of(row: Row, length: int) -> tuple[Tensor, Tensor]:
-    """Ids and segments of [CLS] first [SEP] second [SEP], a batch of one; the last text is cut to the length."""
+    """Return ids and segments [1, length] of [CLS] first [SEP] second [SEP]; the last text is truncated."""
     ids, segments = [VOCABULARY.index("[CLS]")], [0]
     for number, text in enumerate(row.texts):
         pieces = [*text.split()[: length - len(ids) - 1], "[SEP]"]
@@ -224,7 +224,7 @@ def inputs_of(row: Row, length: int) -> tuple[Tensor, Tensor]:
 
 
 def logits_of(folder: Path, rows: Sequence[Row], length: int) -> np.ndarray:
-    """The model's logits [rows, outputs], each row asked alone."""
+    """Return a model's logits [rows, outputs], one row per batch."""
     model = TinyBertForSequenceClassification.from_pretrained(folder).eval()
     with torch.no_grad():
         return np.stack([model(*inputs_of(row, length)).logits[0].numpy() for row in rows])

@@ -1,4 +1,4 @@
-"""Which examples go together: every example once an epoch, however a step is cut; and how they are padded."""
+"""Batches: each example once per epoch, however steps are divided; padding; prefetching."""
 
 import itertools
 import threading
@@ -35,7 +35,7 @@ def epoch(number: int = 0, **changes) -> list[list[int]]:
 
 @pytest.mark.parametrize("batch_size", [1, 5, 16, 17, 18, 100])
 @pytest.mark.parametrize("group_by_length", [False, True])
-def test_every_example_is_learned_once_an_epoch(batch_size, group_by_length):
+def test_an_epoch_has_every_example_once(batch_size, group_by_length):
     """The original drops the last partial batch."""
     for number in range(3):
         steps = epoch(number, batch_size=batch_size, group_by_length=group_by_length)
@@ -45,7 +45,7 @@ def test_every_example_is_learned_once_an_epoch(batch_size, group_by_length):
 
 
 @pytest.mark.parametrize("group_by_length", [False, True])
-def test_each_epoch_has_an_order_of_its_own_that_a_rerun_repeats(group_by_length):
+def test_the_order_depends_on_seed_and_epoch_alone(group_by_length):
     """Trap 6."""
     orders = [epoch(number, group_by_length=group_by_length) for number in range(4)]
     assert orders == [epoch(number, group_by_length=group_by_length) for number in range(4)]
@@ -57,8 +57,8 @@ def test_each_epoch_has_an_order_of_its_own_that_a_rerun_repeats(group_by_length
 
 @pytest.mark.parametrize("padding", [LONGEST, MAXIMUM], ids=["longest", "max_length"])
 @pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (1, 4), (3, 1), (2, 2), (8, 1), (3, 4)])
-def test_processes_and_micro_batches_share_each_step(world_size, accumulation, padding):
-    """The examples of a step are the same however it is cut, none twice; so are its totals."""
+def test_processes_and_micro_batches_divide_each_step(world_size, accumulation, padding):
+    """A step has the same examples, each once, and the same denominators however it is divided."""
     whole = list(plan(collator=padding).epoch(1))
     cut = {"world_size": world_size, "accumulation": accumulation, "collator": padding}
     ranks = [list(plan(rank=rank, **cut).epoch(1)) for rank in range(world_size)]
@@ -71,7 +71,7 @@ def test_processes_and_micro_batches_share_each_step(world_size, accumulation, p
         assert {rank[number].denominators for rank in ranks} == {step.denominators}
 
 
-def test_totals_count_real_tokens_or_all_positions():
+def test_denominators_count_real_tokens_or_all_positions():
     """N = Σ n_i, P = Σ n_i²; padded to the maximum B·L and B·L²."""
     lengths = np.array([2, 5, 12])
     assert LONGEST.denominators(lengths) == LossDenominators(3, 19, 4 + 25 + 144)
@@ -81,8 +81,7 @@ def test_totals_count_real_tokens_or_all_positions():
     assert short.denominators.examples == 2
 
 
-def test_steps_of_like_length_are_padded_little():
-    """Grouping is what makes --padding longest fast: fewer positions than in a plain shuffle."""
+def test_grouping_by_length_reduces_padding():
     lengths = np.random.default_rng(0).integers(2, 60, size=4000)
     positions = {}
     for grouped in (False, True):
@@ -92,17 +91,17 @@ def test_steps_of_like_length_are_padded_little():
     first = [
         lengths[s.micro_batches[0]].max() for s in plan(lengths=lengths, batch_size=32, group_by_length=True).epoch(0)
     ]
-    assert first != sorted(first)  # short ones do not all come first
+    assert first != sorted(first)  # the short ones are not all first
 
 
 @pytest.mark.parametrize("padding", [LONGEST, MAXIMUM], ids=["longest", "max_length"])
 @pytest.mark.parametrize("chosen", [[0], [4, 10], [3, 0, 16, 8], list(range(17))], ids=str)
-def test_collating_equals_a_plain_loop(features, padding, chosen):
+def test_collated_batches_equal_a_plain_loop(features, padding, chosen):
     padding = Collator(padding.to_maximum, padding.max_seq_length, pad_token_id=99)
     batch = padding.collate(features, np.array(chosen))
     width = 12 if padding.to_maximum else max(LENGTHS[i] for i in chosen)
     assert all(tensor.dtype == torch.int64 for tensor in batch[:5])
-    assert batch[5:] == (None, None)  # nothing of a teacher
+    assert batch[5:] == (None, None)
     assert batch.input_ids.shape == batch.token_type_ids.shape == batch.attention_mask.shape == (len(chosen), width)
     for row, i in enumerate(chosen):
         for k in range(width):
@@ -113,7 +112,7 @@ def test_collating_equals_a_plain_loop(features, padding, chosen):
         assert batch.labels[row] == i % 3
 
 
-def test_few_lengths_are_an_eighth_more_at_most():
+def test_bucketed_lengths_are_an_eighth_longer_at_most():
     lengths = range(1, 513)
     padded = [bucketed_length(length) for length in lengths]
     assert padded[:16] == list(range(1, 17))
@@ -123,7 +122,7 @@ def test_few_lengths_are_an_eighth_more_at_most():
 
 
 @pytest.mark.parametrize(("longest", "width"), [(2, 2), (17, 18), (33, 36), (37, 37)])
-def test_a_batch_padded_to_one_of_few_lengths_has_no_more_than_the_maximum(longest, width):
+def test_bucketed_lengths_do_not_exceed_the_maximum(longest, width):
     lengths = np.array([1, longest])
     starts = np.concatenate([[0], np.cumsum(lengths)])
     tokens = np.arange(1, starts[-1] + 1, dtype=np.uint16)
@@ -145,7 +144,7 @@ def test_a_batch_may_be_empty(features, padding):
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_items_are_prepared_in_order(workers):
+def test_prefetched_results_are_in_order(workers):
     def slow_square(number: int) -> int:
         time.sleep(0.002 * (number % 3))
         return number**2
@@ -155,7 +154,7 @@ def test_items_are_prepared_in_order(workers):
 
 
 @pytest.mark.parametrize(("workers", "most"), [(0, 0), (1, 2), (3, 6)])
-def test_workers_prepare_ahead_and_not_without_bound(workers, most):
+def test_workers_prefetch_two_items_each(workers, most):
     """Trap 12: in the original --workers was read and not used."""
     taken, threads = [], set()
 
@@ -180,7 +179,7 @@ def test_workers_prepare_ahead_and_not_without_bound(workers, most):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_error_while_preparing_comes_through_after_the_items_before_it(workers):
+def test_an_error_in_a_worker_is_raised_after_the_results_before_it(workers):
     def fail_at_three(number: int) -> int:
         if number == 3:
             raise KeyError("three")
@@ -193,7 +192,7 @@ def test_an_error_while_preparing_comes_through_after_the_items_before_it(worker
     assert not [t for t in threading.enumerate() if t.name.startswith("batches")]
 
 
-def test_stopping_early_ends_the_threads():
+def test_closing_the_iterator_ends_the_threads():
     iterator = prefetch(lambda number: number, range(1000), 2)
     next(iterator)
     iterator.close()

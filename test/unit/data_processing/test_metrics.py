@@ -1,4 +1,4 @@
-"""What predictions are judged by: every metric against values worked out by hand."""
+"""Metrics: every one against values computed by hand."""
 
 import math
 import warnings
@@ -17,9 +17,9 @@ BY_HAND = [
     ("f1", [1, 1, 1, 0, 0, 0], [1, 1, 0, 1, 1, 0], {"acc": 0.5, "f1": 4 / 7, "acc_and_f1": 15 / 28}),
     # Label 0: TP 1, FP 1, FN 0, F1 2/3. Label 1: TP 1, FP 0, FN 2, F1 2/4. Label 2: TP 1, FP 1, FN 0, F1 2/3.
     ("macro_f1", [0, 0, 1, 2, 2], [0, 1, 1, 2, 1], {"acc": 3 / 5, "macro_f1": (2 / 3 + 2 / 4 + 2 / 3) / 3}),
-    # Nothing is label 1 and nothing is taken for it: the mean of label 0 (TP 1, FN 1: 2/3) and 2 (TP 1, FP 1: 2/3).
+    # Label 1 neither occurs nor is predicted: the mean of label 0 (TP 1, FN 1: 2/3) and 2 (TP 1, FP 1: 2/3).
     ("macro_f1", [0, 2, 2], [0, 0, 2], {"acc": 2 / 3, "macro_f1": 2 / 3}),
-    # Label 1 is in the labels alone, and counts as 0. Label 0: TP 2, FP 1, F1 4/5.
+    # Label 1 occurs and is never predicted: its F1 is 0. Label 0: TP 2, FP 1, F1 4/5.
     ("macro_f1", [0, 0, 0], [0, 0, 1], {"acc": 2 / 3, "macro_f1": (4 / 5 + 0) / 2}),
     # TP 3, FP 1, FN 1, TN 2: (TP TN - FP FN) / sqrt((TP+FP)(TP+FN)(TN+FP)(TN+FN)) = 5 / sqrt(4 * 4 * 3 * 3).
     ("matthews", [1, 1, 1, 1, 0, 0, 0], [1, 1, 1, 0, 1, 0, 0], {"mcc": 5 / 12}),
@@ -51,7 +51,7 @@ BY_HAND = [
     ("correlation", [1, 2], [4, 3], {"pearson": -1, "spearmanr": -1, "corr": -1}),
 ]
 
-# What is not defined counts as 0: F1 where no example is label 1 or taken for it, correlations of what is constant.
+# Undefined values are 0: F1 if label 1 neither occurs nor is predicted, correlations of constant values.
 CONSTANT = [
     ("accuracy", [1, 1], [1, 1], {"acc": 1.0}),
     ("accuracy", [1, 1], [0, 0], {"acc": 0.0}),
@@ -82,19 +82,19 @@ ONE_EXAMPLE = [
 
 
 @pytest.mark.parametrize(("name", "predictions", "labels", "values"), BY_HAND + CONSTANT + ONE_EXAMPLE)
-def test_a_metric_has_the_values_worked_out_by_hand(name, predictions, labels, values):
-    """Under their names, in order, as plain numbers: they go into JSON and text."""
+def test_a_metric_has_the_values_computed_by_hand(name, predictions, labels, values):
+    """Under their names, in order, as floats that JSON can hold, and without warnings."""
     kind = np.float32 if METRICS[name].regression else np.int64
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         computed = METRICS[name](np.array(predictions, dtype=kind), np.array(labels, dtype=kind))
-    assert told == []  # what is not defined is a 0, and no warning beside the progress bar
+    assert warned == []
     assert computed == pytest.approx(values, abs=1e-12)
     assert list(computed) == list(values)
     assert {type(value) for value in computed.values()} == {float}
 
 
-def test_every_metric_is_worked_out_above():
+def test_every_metric_has_examples():
     for cases in (BY_HAND, CONSTANT, ONE_EXAMPLE):
         assert {name for name, *_ in cases} == set(METRICS)
 
@@ -111,13 +111,13 @@ def test_predictions_come_before_labels():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_value_that_is_no_number_is_0(value):
-    """NaN compares false with everything: no checkpoint would ever be the best."""
+def test_a_value_that_is_not_finite_becomes_0(value):
+    """NaN compares false with everything, so no checkpoint would be the best."""
     metric = Metric(lambda predictions, labels: {"other": 0.25, "value": value}, "value")
     assert metric(np.zeros(2), np.zeros(2)) == {"other": 0.25, "value": 0.0}
 
 
-def test_a_correlation_that_is_not_defined_is_0_in_the_mean():
+def test_an_undefined_correlation_is_0_in_the_mean():
     """An infinite score has a rank, but no deviation: ranks (1, 3, 2) and (1, 2, 3), so 1 - 6 (0 + 1 + 1) / (3 * 8)."""
     values = METRICS["correlation"](np.array([1, np.inf, 2], dtype=np.float32), np.array([1, 2, 3], dtype=np.float32))
     assert values == pytest.approx({"pearson": 0, "spearmanr": 0.5, "corr": 0.25})
@@ -144,12 +144,12 @@ def test_correlations_are_computed_in_double_precision():
         ("correlation", "corr"),
     ],
 )
-def test_a_metric_chooses_by_one_of_its_values(name, value):
+def test_a_metric_selects_checkpoints_by_one_of_its_values(name, value):
     metric = METRICS[name]
     assert metric.chosen_by == value
     assert value in metric(np.array([0, 1]), np.array([0, 1]))
 
 
-def test_which_labels_a_metric_is_for():
+def test_metrics_for_regressions_and_for_two_labels():
     assert [name for name, metric in METRICS.items() if metric.regression] == ["correlation"]
     assert [name for name, metric in METRICS.items() if metric.two_labels] == ["accuracy_and_f1", "f1"]

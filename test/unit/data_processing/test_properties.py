@@ -1,6 +1,6 @@
-"""Properties of the readers, on files that nobody thought of: read, or refused in one line; never half-written.
+"""Properties of the readers on generated files: each is read, or refused in one line that writes nothing.
 
-`pytest --hypothesis-profile=thorough` tries twenty times as many. test/tools/fuzz.py goes on for as long as it is told.
+`pytest --hypothesis-profile=thorough` tries twenty times as many; test/tools/fuzz.py runs for as long as asked.
 """
 
 import io
@@ -41,22 +41,22 @@ SPOILED = st.integers(0, 2**32).map(random.Random)
 
 
 def read_or_refused(read, name: str, content: bytes) -> object:
-    """What a reader makes of a file in a folder of its own; None where it refuses it, in one line."""
+    """Return what a reader reads from a file, alone in its folder; None if it refuses the file in one line."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
         path.write_bytes(content)
         try:
             return read(path)
         except UserError as error:
-            told = str(error)
-            assert told == one_line(told)
+            message = str(error)
+            assert message == one_line(message)
             return None
         finally:
             assert [file.name for file in Path(folder).iterdir() if file.name != "target"] == [name]
 
 
 @given(st.binary() | st.text().map(lambda text: text.encode("utf-8", errors="surrogatepass")), st.sampled_from(FORMS))
-def test_any_bytes_are_a_table_or_refused(content, form):
+def test_any_bytes_are_read_as_a_table_or_refused(content, form):
     read_or_refused(lambda path: list(open_table(path, form)), f"train.{form}", content)
 
 
@@ -68,12 +68,12 @@ def test_rows_are_read_as_they_were_written(rows):
 
 
 @given(st.dictionaries(st.sampled_from([*fuzz.TASK, "regression", "header", "test_id", "format"]), JSON))
-def test_any_values_are_a_task_or_refused(values):
+def test_any_values_are_read_as_a_task_or_refused(values):
     read_or_refused(read_task_file, "task.json", json.dumps({**fuzz.TASK, **values}).encode())
 
 
 @given(st.dictionaries(st.sampled_from([*fuzz.CONFIG, "layer_norm_eps", "hidden_act", "label2id", "note"]), JSON))
-def test_any_values_are_a_config_that_can_be_written_or_refused(values):
+def test_any_values_are_read_as_a_config_or_refused(values):
     config = read_or_refused(
         lambda path: BertConfig.from_pretrained(path.parent),
         "config.json",
@@ -85,7 +85,7 @@ def test_any_values_are_a_config_that_can_be_written_or_refused(values):
 
 
 @given(st.lists(st.text() | st.sampled_from(fuzz.VOCABULARY), max_size=20), st.sampled_from(["\n", "\r\n", "\r"]))
-def test_any_lines_are_a_vocabulary_or_refused(lines, end):
+def test_any_lines_are_read_as_a_vocabulary_or_refused(lines, end):
     content = end.join([*fuzz.VOCABULARY, *lines]).encode("utf-8", errors="surrogatepass")
     vocabulary = read_or_refused(read_vocabulary, "vocab.txt", content)
     if vocabulary is not None:
@@ -130,7 +130,7 @@ def packed(form: str, files: list[tuple[str, bytes]]) -> bytes:
 
 
 def unpacked(path: Path) -> dict[str, bytes]:
-    """An archive's files, unpacked beside it: all of them, or none and nothing else."""
+    """Unpack an archive beside it and return its files; a refused archive leaves nothing."""
     target = path.parent / "target"
     try:
         unpack(path, target)
@@ -156,7 +156,7 @@ def test_a_spoiled_archive_is_unpacked_or_refused(chance, good):
 
 
 @given(st.text(max_size=30), st.sampled_from(["http", "https", "s3", "ftp", "file"]), st.text(max_size=12))
-def test_no_address_shows_its_password(rest, scheme, word):
+def test_messages_never_show_the_password_of_an_address(rest, scheme, word):
     text = f"{scheme}:" + f"//me:geheim@127.0.0.1/{rest}?{word}=geheim"
     if not set(" \t\r\n\x0b\x0c\x1c\x1d\x1e\x1f\x85\xa0#") & set(rest + word) and (rest + word).isprintable():
         assert "geheim" not in redact(f"--teacher_model {text} --student_model x")
@@ -171,15 +171,15 @@ def test_no_address_shows_its_password(rest, scheme, word):
 
 
 @pytest.mark.parametrize(
-    ("read", "told"),
+    ("read", "error"),
     [
         (lambda path: path.read_text(encoding="ascii"), "UnicodeDecodeError"),
         (lambda path: bytearray(3 * 2**30), "MemoryError"),
     ],
 )
-def test_the_fuzzer_knows_a_fault(tmp_path, read, told):
+def test_the_fuzzer_reports_a_fault(tmp_path, read, error):
     good = fuzz.Reader(list, lambda path: path.read_bytes())
     assert fuzz.try_one(good, "x", b"\xff", tmp_path) == ("read", "")
     outcome, trace = fuzz.try_one(fuzz.Reader(list, read), "x", b"\xff", tmp_path)
     assert outcome == "fault"
-    assert told in trace
+    assert error in trace

@@ -1,4 +1,4 @@
-"""The table of tasks: what is known of each task of GLUE, and generated rows in the form of its files."""
+"""The table of tasks: the columns, labels and files of each task of GLUE, and rows in the form of its files."""
 
 import dataclasses
 import logging
@@ -16,7 +16,7 @@ TWO = ("0", "1")
 ENTAILED = ("entailment", "not_entailment")
 MNLI_LABELS = ("contradiction", "entailment", "neutral")
 
-# Text columns, label column, labels by id, metric, the value that chooses, epochs of the intermediate stage, length.
+# Text columns, label column, labels by id, metric, the value that selects the checkpoint, intermediate epochs, length.
 FACTS = {
     "CoLA": ((3,), 1, TWO, "matthews", "mcc", 50, 64),
     "MNLI": ((8, 9), -1, MNLI_LABELS, "accuracy", "acc", 5, 128),
@@ -30,7 +30,7 @@ FACTS = {
     "WNLI": ((1, 2), -1, TWO, "accuracy", "acc", None, None),
 }
 
-# The columns of GLUE's own files. T and U are the texts, L the label, I the index of a test file.
+# The columns of GLUE's own files: T and U are the texts, L the label, I the index of a test file.
 TRAIN = {
     "CoLA": "source L note T",
     "MNLI": "index promptID pairID genre b1 b2 p1 p2 T U label1 L",
@@ -61,17 +61,17 @@ NAMES = list(FACTS)
 
 
 def written(tmp_path, columns: str, values: list[dict[str, str]], has_header: bool):
-    """A file of these columns: cells that mean nothing to the task hold their column's name."""
+    """Write a file of these columns; all other cells hold their column's name."""
     rows = [[value.get(column, column) for column in columns.split()] for value in values]
     return write_rows(tmp_path / "file.tsv", [columns.split()] * has_header + rows)
 
 
-def test_the_tasks_are_glues():
+def test_the_table_has_the_tasks_of_glue():
     assert [task.name for task in TASKS] == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_known_of_a_task(name):
+def test_a_task_has_the_columns_labels_and_defaults_of_glue(name):
     task = find_task(name)
     text, label, labels, metric, chosen_by, epochs, length = FACTS[name]
     assert (task.text_columns, task.label_column, task.labels) == (text, label, labels)
@@ -86,7 +86,7 @@ def test_what_is_known_of_a_task(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_files_of_a_task(name):
+def test_a_task_has_the_files_of_glue(name):
     task = find_task(name)
     dev, test, submissions, suffixes = {
         "MNLI": (
@@ -102,8 +102,8 @@ def test_the_files_of_a_task(name):
     assert (task.test_files, task.submissions) == (test, submissions)
 
 
-def test_labels_that_are_numbers_have_words():
-    """Each in the order of the ids; as the models of others name them."""
+def test_labels_that_are_numbers_have_meanings():
+    """In the order of the ids, as models trained elsewhere name them."""
     assert {task.name: task.meanings for task in TASKS if task.meanings} == {
         "CoLA": ("unacceptable", "acceptable"),
         "MRPC": ("not_equivalent", "equivalent"),
@@ -131,7 +131,7 @@ def test_rows_in_the_form_of_train_and_dev_files_are_read(tmp_path, name, column
 
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_in_the_form_of_test_files_are_read(tmp_path, name):
-    """They have a header, CoLA's too."""
+    """All have a header, CoLA's too."""
     task = find_task(name)
     values = [{"T": f"first {n}", "U": f"second {n}", "I": f"{10 * n}"} for n in range(3)]
     rows = read_unlabelled(written(tmp_path, TEST[name], values, True), task)
@@ -142,35 +142,34 @@ def test_rows_in_the_form_of_test_files_are_read(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ("CoLA", "STS-B")])
-def test_a_file_that_lacks_its_header_is_told(tmp_path, name):
-    """Its first example would be lost without a word."""
+def test_a_file_without_its_header_is_refused(tmp_path, name):
+    """Its first example would be lost."""
     task = find_task(name)
     path = written(tmp_path, TRAIN[name], [{"L": task.labels[1]}, {"L": task.labels[0]}], has_header=False)
     with pytest.raises(UserError) as caught:
         read_examples(path, task)
-    assert str(caught.value) == f"{path}, row 1: is an example; {name}'s files begin with a row of column names"
+    assert str(caught.value).startswith(f"{path}, row 1: is an example")
 
 
 def test_short_rows_of_qqp_are_left_out_with_a_warning(tmp_path, caplog):
-    """Its files have some that end within a question."""
+    """Its files have rows that end within a question."""
     rows = [["id", "qid1", "qid2", "T", "U", "L"], list("123ab1"), list("123ab"), ["1"], list("456cd0")]
     path = write_rows(tmp_path / "train.tsv", rows)
     with caplog.at_level(logging.WARNING):
         read = read_examples(path, find_task("QQP"))
     assert (read.texts, read.labels.tolist()) == ((["a", "c"], ["b", "d"]), [1, 0])
-    assert [record.getMessage() for record in caplog.records] == [
-        f"{path}: 2 rows with fewer than 6 columns were left out"
-    ]
+    (record,) = caplog.records
+    assert f"{path}: 2 rows" in record.getMessage()
 
 
-def test_a_file_of_short_rows_alone_holds_no_examples(tmp_path):
+def test_a_file_of_only_short_rows_is_refused(tmp_path):
     path = write_rows(tmp_path / "train.tsv", [["id", "qid1"], ["1", "2"]])
     with pytest.raises(UserError, match=r"train\.tsv: holds no examples$"):
         read_examples(path, find_task("QQP"))
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "QQP"])
-def test_short_rows_of_the_other_tasks_are_mistakes(tmp_path, name):
+def test_short_rows_of_other_tasks_are_refused(tmp_path, name):
     task = find_task(name)
     good = {"L": task.labels[0] if task.labels else "1.0"}
     path = written(tmp_path, TRAIN[name], [good], task.has_header)
@@ -179,19 +178,19 @@ def test_short_rows_of_the_other_tasks_are_mistakes(tmp_path, name):
         file.write("\t".join(["x"] * (needed - 1)) + "\n")
     with pytest.raises(UserError) as caught:
         read_examples(path, task)
-    line, plural = 3 if task.has_header else 2, "s" if needed != 2 else ""
-    expected = f"{path}, row {line}: has {needed - 1} column{plural}, {name} needs at least {needed}, split by tabs"
-    assert str(caught.value) == expected
+    message = f"{path}, row {3 if task.has_header else 2}: has {needed - 1} column"
+    assert str(caught.value).startswith(message)
+    assert f"{name} needs at least {needed}" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "STS-B"])
-def test_label_ids_are_written_as_the_files_write_labels(name):
+def test_label_ids_are_formatted_as_the_files_write_labels(name):
     task = find_task(name)
     assert task.format_predictions([1, 0, 1]) == [task.labels[1], task.labels[0], task.labels[1]]
     assert task.format_predictions([len(task.labels) - 1]) == [task.labels[-1]]
 
 
-def test_scores_are_cut_to_those_there_are_and_written_with_three_decimals():
+def test_scores_are_clipped_to_their_range_with_three_decimals():
     scores = [-0.3, -1e-9, 0.0, 2.71828, 4.9996, 5.0, 7.5, math.inf, -math.inf]
     expected = ["0.000", "0.000", "0.000", "2.718", "5.000", "5.000", "5.000", "5.000", "0.000"]
     assert find_task("STS-B").format_predictions(scores) == expected
@@ -199,8 +198,7 @@ def test_scores_are_cut_to_those_there_are_and_written_with_three_decimals():
     assert anything.format_predictions([-0.3, 1234.5678]) == ["-0.300", "1234.568"]
 
 
-def test_a_task_of_the_table_names_what_every_task_has():
-    """A row that names only texts, label and labels is a task of one dev file, judged by accuracy."""
+def test_a_row_of_the_table_has_defaults():
     task = Task("X", (0,), 1, TWO)
     assert (task.metric, task.form, task.has_header, task.skips_short_rows) == (METRICS["accuracy"], "tsv", True, False)
     assert (task.train_file, task.augmented_file, task.dev_files) == ("train.tsv", "train_aug.tsv", ("dev.tsv",))
@@ -213,7 +211,8 @@ def test_a_task_is_found_in_any_case(name):
 
 
 @pytest.mark.parametrize("name", ["", "sst2", "SST-2 ", "MNLI-m", "AX"])
-def test_an_unknown_task_is_told_with_those_there_are(name):
+def test_an_unknown_task_is_refused_with_the_known_ones(name):
     with pytest.raises(UserError) as caught:
         find_task(name)
-    assert str(caught.value) == f"--task_name {name}: no such task; the tasks are {', '.join(NAMES)}"
+    assert str(caught.value).startswith(f"--task_name {name}: ")
+    assert str(caught.value).endswith(", ".join(NAMES))

@@ -1,6 +1,6 @@
-"""Each task of GLUE from end to end, on rows in its own column form: a teacher, both stages, evaluation, predictions.
+"""Each task of GLUE from end to end: a fine-tuned teacher, both stages, evaluation, predictions.
 
-What is expected is worked out beside the project's reading, batching and metrics (`glue_rows.py`).
+Expected values are computed without the project's readers, batches and metrics (`glue_rows.py`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from transformer.optimization import decay_groups
 
 @dataclass
 class Done:
-    """A task's folders after the whole way, and its rows by file."""
+    """A task's folders after all its runs, and its rows by file."""
 
     name: str
     form: Form
@@ -41,7 +41,7 @@ class Done:
 
 @pytest.fixture(scope="module", params=FORMS)
 def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Done:
-    """The whole way of a task by the commands that a user gives; logs go where they go by default."""
+    """All runs of a task, with the flags that a user gives; logs go to their default folder."""
     folder = tmp_path_factory.mktemp(request.param)
     place, rows = workplace(folder, request.param)
     place.output = folder / "output" / request.param
@@ -51,33 +51,33 @@ def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     common = {"fps_acc_dir": None, "max_seq_length": None, "padding": "longest", "learning_rate": 1e-3}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        taught = {"do_finetune": True, "student_model": None, "output_dir": "taught"}
-        place.run(**common, **taught, num_train_epochs=25, train_batch_size=6)
-        place.teacher = folder / "taught"
-        place.run(**common, output_dir="learned", num_train_epochs=None, train_batch_size=TRAIN)
-        place.student = folder / "learned"
+        fine_tuning = {"do_finetune": True, "student_model": None, "output_dir": "tuned"}
+        place.run(**common, **fine_tuning, num_train_epochs=25, train_batch_size=6)
+        place.teacher = folder / "tuned"
+        place.run(**common, output_dir="intermediate", num_train_epochs=None, train_batch_size=TRAIN)
+        place.student = folder / "intermediate"
         both = {"pred_distill": True, "output_dir": "both", "eval_step": 12}
         place.run(**common, **both, num_train_epochs=None, train_batch_size=1)
         alone = common | {"teacher_model": None, "eval_batch_size": 4}
-        for model in ("taught", "both"):
+        for model in ("tuned", "both"):
             place.student = folder / model
-            place.run(**alone, do_eval=True, output_dir=f"judged_{model}")
-        place.student = folder / "taught"  # whose predictions differ from row to row
+            place.run(**alone, do_eval=True, output_dir=f"evaluated_{model}")
+        place.student = folder / "tuned"  # whose predictions differ from row to row
         place.run(**alone, do_predict=True, output_dir="predicted")
     return Done(request.param, FORMS[request.param], place, rows)
 
 
 def expected_metrics(form: Form, logits: np.ndarray, rows: Sequence[Row]) -> dict[str, float]:
-    """The task's metrics by their formulas, and the loss."""
+    """Return the task's metrics by their formulas, and the loss."""
     if not form.labels:
         scores, wanted = logits[:, 0].astype(float), np.array([float(row.label) for row in rows])
         pearson = np.corrcoef(scores, wanted)[0, 1]
         spearman = np.corrcoef(scores.argsort().argsort(), wanted.argsort().argsort())[0, 1]
         loss = np.square(scores - wanted).mean()
         return {"pearson": pearson, "spearmanr": spearman, "corr": (pearson + spearman) / 2, "eval_loss": loss}
-    wanted, said = np.array([form.labels.index(row.label) for row in rows]), logits.argmax(axis=1)
-    tp, fp, fn, tn = (int(((said == s) & (wanted == w)).sum()) for s, w in ((1, 1), (1, 0), (0, 1), (0, 0)))
-    acc, f1 = (said == wanted).mean(), 2 * tp / max(1, 2 * tp + fp + fn)
+    wanted, predicted = np.array([form.labels.index(row.label) for row in rows]), logits.argmax(axis=1)
+    tp, fp, fn, tn = (int(((predicted == s) & (wanted == w)).sum()) for s, w in ((1, 1), (1, 0), (0, 1), (0, 0)))
+    acc, f1 = (predicted == wanted).mean(), 2 * tp / max(1, 2 * tp + fp + fn)
     mcc = (tp * tn - fp * fn) / max(1, (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)) ** 0.5
     known = {"acc": acc, "f1": f1, "acc_and_f1": (acc + f1) / 2, "mcc": mcc}
     probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
@@ -86,7 +86,7 @@ def expected_metrics(form: Form, logits: np.ndarray, rows: Sequence[Row]) -> dic
 
 
 def read_results(path: Path) -> list[dict[str, float]]:
-    """The values of each evaluation that was appended."""
+    """Return the values of each evaluation in eval_results.txt."""
     results: list[dict[str, float]] = [{}]
     for line in path.read_text(encoding="utf-8").splitlines():
         name, value = line.split(" = ")
@@ -97,45 +97,45 @@ def read_results(path: Path) -> list[dict[str, float]]:
 
 
 def read_predictions(path: Path) -> tuple[str, list[str], list[str]]:
-    """The row of names, the ids and the predictions."""
+    """Return the row of names, the ids and the predictions."""
     names, *rows = path.read_text(encoding="utf-8").splitlines()
     ids, values = zip(*(row.split("\t") for row in rows), strict=True)
     return names, list(ids), list(values)
 
 
-def test_the_stages_take_the_tasks_own_epochs(done: Done) -> None:
-    """The intermediate stage's batch is the whole file: a step is an epoch."""
+def test_stages_last_the_tasks_default_epochs(done: Done) -> None:
+    """The intermediate stage's batch is the whole file, so each step is an epoch."""
     assert [event["steps"] for event in done.place.events("end")] == [25 * 2, done.form.epochs, 3 * TRAIN]
 
 
-def test_the_results_are_the_tasks_metrics(done: Done) -> None:
-    """Of each dev file, one row of which is cut to the task's length; MNLI's second in a folder beside the first's."""
+def test_evaluation_writes_the_tasks_metrics(done: Done) -> None:
+    """For each dev file, of which one row is truncated to the task's length; MNLI's second has a folder of its own."""
     for suffix, file in zip(("", "-MM"), done.form.dev_files, strict=False):
-        (found,) = read_results(done.folder(f"judged_taught{suffix}") / "eval_results.txt")
-        logits = logits_of(done.folder("taught"), done.rows[file], done.form.length)
+        (found,) = read_results(done.folder(f"evaluated_tuned{suffix}") / "eval_results.txt")
+        logits = logits_of(done.folder("tuned"), done.rows[file], done.form.length)
         assert found.keys() == {*done.form.metrics, "eval_loss"}
         assert found == pytest.approx(expected_metrics(done.form, logits, done.rows[file]), abs=2e-5)
-    assert done.folder("judged_taught-MM").exists() == (done.name == "MNLI")
+    assert done.folder("evaluated_tuned-MM").exists() == (done.name == "MNLI")
 
 
-def test_the_students_checkpoint_is_the_one_that_was_best(done: Done) -> None:
-    """Of the first dev file's evaluations, by the task's own value; evaluating it again gives the same."""
+def test_the_saved_student_is_the_best_checkpoint(done: Done) -> None:
+    """By the task's metric on the first dev file; evaluating the saved model gives the same value."""
     evaluations = [event for event in done.place.events("eval") if event["file"] == done.form.dev_files[0]]
-    *trained, _, alone = [event[done.form.chosen_by] for event in evaluations]
-    assert len(trained) == 1 + 3  # fine-tuning's and the prediction stage's
+    *during_training, _, alone = [event[done.form.chosen_by] for event in evaluations]
+    assert len(during_training) == 1 + 3  # of fine-tuning and of the prediction stage
     *_, prediction = done.place.events("end")
-    assert prediction["best"] == max(trained[1:]) == pytest.approx(alone, abs=1e-4)
+    assert prediction["best"] == max(during_training[1:]) == pytest.approx(alone, abs=1e-4)
 
 
-def test_the_predictions_are_a_submission_to_glue(done: Done) -> None:
-    """Its names, and for each row of the test file its own id and the likeliest label, or the score from 0 to 5."""
+def test_predictions_are_a_submission_to_glue(done: Done) -> None:
+    """For each row of the test file its id and the most probable label, or the score clipped to 0..5."""
     assert {path.name for path in done.folder("predicted").iterdir()} == set(done.form.submission.values())
     for file, submission in done.form.submission.items():
         names, ids, values = read_predictions(done.folder("predicted") / submission)
-        logits = logits_of(done.folder("taught"), done.rows[file], done.form.length)
+        logits = logits_of(done.folder("tuned"), done.rows[file], done.form.length)
         assert names == "index\tprediction"
         assert ids == [row.id for row in done.rows[file]]
-        assert len(set(values)) > 1  # or the order of the rows would not be seen
+        assert len(set(values)) > 1  # otherwise the order of the rows would not be tested
         if done.form.labels:
             assert values == [done.form.labels[number] for number in logits.argmax(axis=1)]
         else:
@@ -143,16 +143,15 @@ def test_the_predictions_are_a_submission_to_glue(done: Done) -> None:
             assert {len(value.split(".")[1]) for value in values} == {3}
 
 
-def test_the_teacher_has_learned_its_task(done: Done) -> None:
-    """So the figures above are of a model that tells rows apart: a constant prediction is worse."""
+def test_fine_tuning_beats_a_constant_prediction(done: Done) -> None:
     fine_tuning, *_ = done.place.events("end")
     labels = [row.label for row in done.rows[done.form.dev_files[0]]]
     share = max(map(labels.count, labels)) / len(labels)
     assert fine_tuning["best"] > (share if done.form.chosen_by == "acc" else 0.5)
 
 
-def test_the_logs_go_to_the_tasks_folder(done: Done) -> None:
-    """One for each kind of run; the evaluation's lines tell the value that chooses, of each dev file."""
+def test_logs_go_to_the_tasks_folder(done: Done) -> None:
+    """One per kind of run; the evaluation's lines hold the selecting metric of each dev file."""
     names = {"train_teacher_1p.txt", "train_full_1p_1.txt", "train_full_1p_2.txt", "train_eval_1p.txt"}
     assert names <= {path.name for path in done.place.output.iterdir()}
     lines = (done.place.output / "train_eval_1p.txt").read_text(encoding="utf-8").splitlines()
@@ -163,17 +162,17 @@ def test_the_logs_go_to_the_tasks_folder(done: Done) -> None:
     assert predicted == [(file, TEST) for file in done.form.submission]
 
 
-def test_the_models_name_their_labels(done: Done) -> None:
-    """In words where the files write numbers; a regression has one output."""
+def test_saved_models_name_their_labels(done: Done) -> None:
+    """As words if the files write numbers; a regression has one output."""
     expected = done.form.words or done.form.labels
-    for name in ("taught", "learned", "both"):
+    for name in ("tuned", "intermediate", "both"):
         config = json.loads((done.folder(name) / "config.json").read_text(encoding="utf-8"))
         assert list(config["id2label"].values()) == list(expected)
         assert read_bin(done.folder(name))["classifier.weight"].shape[0] == len(expected)
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_defaults_hold_where_no_flag_is_given(name: str) -> None:
+def test_epochs_and_length_default_to_the_tasks(name: str) -> None:
     form = FORMS[name]
     given = ["--num_train_epochs", "7", "--max_seq_length", "99"]
     cases = [([], form.epochs, form.length), (["--pred_distill"], 3, form.length), (given, 7, 99)]
@@ -190,8 +189,8 @@ def options_of(task: str, *flags: str) -> Options:
 
 
 @pytest.mark.parametrize("name", ["CoLA", "MNLI", "MRPC", "STS-B", "QQP"])
-def test_the_tasks_own_value_chooses_the_checkpoint(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its values are given here: the one that chooses is highest at the second evaluation, the others elsewhere."""
+def test_the_tasks_metric_selects_the_checkpoint(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The selecting value is highest at the second evaluation, all other values at another one."""
     form, given = FORMS[name], []
 
     def compute(*_: np.ndarray) -> dict[str, float]:
@@ -206,8 +205,7 @@ def test_the_tasks_own_value_chooses_the_checkpoint(name: str, tmp_path: Path, m
     )
     monkeypatch.setattr(tasks, "TASKS", table)
     place, _ = workplace(tmp_path, name)
-    said = place.run(do_finetune=True, student_model=None, train_batch_size=TRAIN, num_train_epochs=3, eval_step=1).out
-    assert f"best {form.chosen_by} -0.1000 ({form.dev_files[0]} chose the checkpoint of step 2)" in said
+    place.run(do_finetune=True, student_model=None, train_batch_size=TRAIN, num_train_epochs=3, eval_step=1)
     assert place.events("end")[0]["best"] == -0.1
     results = read_results(place.model / "eval_results.txt")
     assert [step[form.chosen_by] for step in results] == [-0.2, -0.1, -0.3]
@@ -216,21 +214,25 @@ def test_the_tasks_own_value_chooses_the_checkpoint(name: str, tmp_path: Path, m
 
 @pytest.mark.slow
 @pytest.mark.parametrize("done", ["MNLI"], indirect=True)
-def test_two_processes_predict_as_one(done: Done) -> None:
-    """Rows in their order, each once, where one process has a row more than the other; batches are cut otherwise."""
-    flags = {"do_predict": True, "student_model": done.folder("taught"), "output_dir": done.folder("predicted_by_two")}
+def test_two_processes_predict_the_same_as_one(done: Done) -> None:
+    """Each row once and in order, although one process has one row more and batches differ."""
+    flags = {
+        "do_predict": True,
+        "student_model": done.folder("tuned"),
+        "output_dir": done.folder("by_two_processes"),
+    }
     flags |= {"max_seq_length": None, "padding": "longest", "eval_batch_size": 3, "device_list": "0,1"}
     run = command(str(ROOT / "task_distill.py"), *done.place.flags(**flags), cwd=done.place.folder)
     assert (run.status, run.err) == (0, "")
     assert (done.place.output / "predict_2p.txt").exists()
     for submission in done.form.submission.values():
-        alone, shared = (done.folder(name) / submission for name in ("predicted", "predicted_by_two"))
+        alone, shared = (done.folder(name) / submission for name in ("predicted", "by_two_processes"))
         assert shared.read_text(encoding="utf-8") == alone.read_text(encoding="utf-8")
 
 
 @pytest.fixture
 def regression(tmp_path: Path) -> tuple[Workplace, list[Row]]:
-    """STS-B, its models with a classifier of one output; it learns the rows in one step and is judged on them."""
+    """STS-B, with a classifier of one output in both models; its train and dev rows are the same, a batch each."""
     place, rows = workplace(tmp_path, "STS-B")
     for folder, hidden in ((place.teacher, 48), (place.student, 32)):
         edit_weights(folder, lambda weights, h=hidden: weights.update(weights_of(linear("classifier", h, 1))))
@@ -239,7 +241,7 @@ def regression(tmp_path: Path) -> tuple[Workplace, list[Row]]:
 
 
 @pytest.mark.parametrize(
-    ("flags", "learner", "target"),
+    ("flags", "trained", "target"),
     [
         ({"pred_distill": True}, "student", "labels"),
         ({"pred_distill": True, "regression_target": "labels"}, "student", "labels"),
@@ -249,10 +251,10 @@ def regression(tmp_path: Path) -> tuple[Workplace, list[Row]]:
     ],
     ids=["default", "labels", "teacher", "teacher for two epochs", "fine-tuning"],
 )
-def test_a_regression_learns_by_squared_error(
-    regression: tuple[Workplace, list[Row]], flags: dict[str, Any], learner: str, target: str
+def test_a_regression_is_trained_by_squared_error(
+    regression: tuple[Workplace, list[Row]], flags: dict[str, Any], trained: str, target: str
 ) -> None:
-    """The first step's gradient is that of a plain mean over the rows; no temperature divides scores."""
+    """The first gradient is that of the mean over the rows; scores are not divided by the temperature."""
     place, rows = regression
     found: list[torch.Tensor] = []
 
@@ -266,7 +268,7 @@ def test_a_regression_learns_by_squared_error(
     finally:
         hook.remove()
 
-    model = TinyBertForSequenceClassification.from_pretrained(place.folder / learner)
+    model = TinyBertForSequenceClassification.from_pretrained(place.folder / trained)
     scores = torch.cat([model(*inputs_of(row, place.max_seq_length)).logits[:, 0] for row in rows])
     labels = torch.tensor([float(row.label) for row in rows])
     targets = (
@@ -280,7 +282,7 @@ def test_a_regression_learns_by_squared_error(
         assert_close(ours, theirs, atol=1e-5 * float(max(g.abs().max() for g in expected)))
 
 
-def test_a_regressions_eval_loss_is_the_squared_error(regression: tuple[Workplace, list[Row]]) -> None:
+def test_the_eval_loss_of_a_regression_is_the_squared_error(regression: tuple[Workplace, list[Row]]) -> None:
     place, rows = regression
     place.run(do_eval=True, student_model=place.teacher, padding="longest")
     labels = [float(row.label) for row in rows]
@@ -288,8 +290,8 @@ def test_a_regressions_eval_loss_is_the_squared_error(regression: tuple[Workplac
     assert place.events("eval")[0]["eval_loss"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_predictions_are_of_as_many_pieces_as_is_asked_for(tmp_path: Path) -> None:
-    """A score shows it: of a long row's 153 words no more than the flag says count, or the task's own length."""
+def test_predictions_depend_on_max_seq_length(tmp_path: Path) -> None:
+    """A row of 153 words is truncated to the flag's length, or to the task's default."""
     place, rows = workplace(tmp_path, "STS-B")
     classifier = weights_of(linear("classifier", 48, 1)) | {"classifier.bias": torch.tensor([2.5])}
     edit_weights(place.teacher, lambda weights: weights.update(classifier))
@@ -303,8 +305,7 @@ def test_predictions_are_of_as_many_pieces_as_is_asked_for(tmp_path: Path) -> No
     assert abs(written[0][0] - written[1][0]) > 2e-3
 
 
-def test_scores_are_cut_to_the_tasks_range(regression: tuple[Workplace, list[Row]]) -> None:
-    """GLUE's scores go from 0 to 5."""
+def test_predicted_scores_are_clipped_to_the_tasks_range(regression: tuple[Workplace, list[Row]]) -> None:
     place, _ = regression
     for bias, expected in ((-100.0, "0.000"), (100.0, "5.000")):
         edit_weights(place.teacher, lambda weights, b=bias: weights["classifier.bias"].fill_(b))
