@@ -82,7 +82,7 @@ class Cache:
         """Keep arrays as an entry; if that fails, log a warning and keep nothing."""
         if self.folder is None:
             return
-        size = sum(array.nbytes for array in arrays.values())
+        size = sum(_HEADER + array.nbytes for array in arrays.values())
         if size > self.limit:
             logger.info("%d MB are not cached: --cache_limit is smaller", size / 1e6)
             return

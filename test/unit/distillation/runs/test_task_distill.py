@@ -283,7 +283,8 @@ def test_main_refuses_the_flags_of_task_distill_alone(sst2: Workplace) -> None:
 
 def test_no_cuda_chooses_the_cpu(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     """Although there is an accelerator that would be chosen without it."""
-    monkeypatch.setattr(device, "_device_count", lambda kind: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert device.choose_device("auto") != "cpu"
     for flags in ({"device": None}, {"device": "auto"}, {"device": "cpu"}):
         assert "SST-2 on cpu:" in place.run(**flags, no_cuda=True, overwrite_output_dir=True).out
