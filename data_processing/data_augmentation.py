@@ -42,7 +42,6 @@ from distillation.runtime.device import check_ids, choose_device, open_device
 from distillation.runtime.logs import Progress
 from distillation.runtime.precision import cpu_has_bf16
 from distillation.runtime.worker_pool import in_order
-from transformer import packed_inference
 from transformer.errors import UserError
 from transformer.file_utils import CONFIG_NAME, SAFETENSORS_NAME, WEIGHTS_NAME
 from transformer.vocabulary import vocabulary_path
@@ -316,7 +315,7 @@ def _device_ids(text: str) -> tuple[int, ...]:
 
 def _half(precision: str, kind: str) -> torch.dtype | None:
     if precision == "auto":
-        fast = cpu_has_bf16() and packed_inference.can_pack() if kind == "cpu" else _has_bf16(kind)
+        fast = cpu_has_bf16() if kind == "cpu" else _has_bf16(kind)
         return torch.bfloat16 if fast else None
     return torch.bfloat16 if precision == "bf16" else None
 

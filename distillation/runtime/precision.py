@@ -364,9 +364,16 @@ def choose_precision(
 
 
 def cpu_has_bf16(capabilities: Mapping[str, Any] | None = None) -> bool:
-    """Whether the processor multiplies matrices in bf16 by instructions of its own."""
-    found = torch.cpu.get_capabilities() if capabilities is None else capabilities
-    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    """Return whether torch multiplies matrices in bf16 by instructions of the processor for it.
+
+    oneDNN does these products; a user may hold it back from what the processor has (ONEDNN_MAX_CPU_ISA).
+
+    Args:
+        capabilities: the processor's, where another one is asked about.
+    """
+    if capabilities is None:
+        return packed_inference.can_pack() and cpu_has_bf16(torch.cpu.get_capabilities())
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def _good_half(device: torch.device) -> torch.dtype:

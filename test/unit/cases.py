@@ -34,6 +34,7 @@ from distillation.launch import run_entry
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(__file__).parent / "data"
+LACKING = "this machine lacks "
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -297,6 +298,11 @@ def assert_close(actual: Any, expected: Any, *, atol: float = 0.0, rtol: float =
     """Asserts that two arrays have the same shape and are as close as both tolerances together allow."""
     np.testing.assert_allclose(np.asarray(actual), np.asarray(expected), atol=atol, rtol=rtol)
     assert np.asarray(actual).shape == np.asarray(expected).shape
+
+
+def report_lack(what: str) -> None:
+    """Report that this machine lacks something, so that a test checked what happens without it (see conftest.py)."""
+    print(f"{LACKING}{what}")
 
 
 def assert_same_weights(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,14 @@ from site_with_faults import Site
 settings.register_profile("usual", max_examples=50, deadline=None, derandomize=True, database=None)
 settings.register_profile("thorough", max_examples=1000, deadline=None, database=None)
 settings.load_profile("usual")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what the machine lacks, and how many tests passed by checking what happens without it."""
+    passed = [report for report in terminalreporter.stats.get("passed", []) if report.when == "call"]
+    lines = [line for report in passed for line in report.capstdout.splitlines() if line.startswith(cases.LACKING)]
+    for line, count in Counter(lines).items():
+        terminalreporter.write_line(f"{line} (tests: {count})")
 
 
 @pytest.fixture(scope="session", params=["sst2_small", "mnli_small"])
