@@ -8,7 +8,7 @@ from pathlib import Path
 import cases
 import pytest
 import torch
-from cases import ROOT, Run, Workplace
+from cases import ROOT, Run, Workplace, report_lack
 
 import main
 from distillation.options import Options, Stage, parse_options
@@ -315,11 +315,14 @@ def sourced(name: str, **variables: object) -> Run:
     return Run(done.returncode, done.stdout, done.stderr)
 
 
-@pytest.mark.skipif(Path("/usr/local/Ascend").exists(), reason="an Ascend toolkit is installed here")
 @pytest.mark.parametrize("name", ["env_npu_1p.sh", "env_npu_8p.sh"])
 def test_the_npu_environment_is_silent_without_a_toolkit(name):
     done = sourced(name)
-    assert (done.status, done.err) == (0, "")
+    assert done.status == 0
+    if Path("/usr/local/Ascend").exists():
+        report_lack("an environment without an Ascend toolkit")
+        return
+    assert done.err == ""
     assert all(line.endswith("=") for line in done.out.splitlines()[:-1])
 
 

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import transformers
 from augmentation_cases import VOCABULARY, Place, config_of, head_shapes, masked_lm
 from cases import edit_weights, encoder_shapes, weights_of
 
@@ -59,7 +60,6 @@ def test_a_head_with_output_weights_of_its_own_keeps_them_and_the_embeddings(fol
 
 
 def test_it_predicts_what_transformers_predicts(folder):
-    transformers = pytest.importorskip("transformers")
     theirs = transformers.BertForMaskedLM(transformers.BertConfig(**config_of())).eval()
     state = weights_of(encoder_shapes(config_of()) | head_shapes(config_of()))
     state |= {WORDS: state[EMBEDDINGS], "cls.predictions.decoder.bias": state["cls.predictions.bias"]}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import Golden, Run, Workplace, assert_same_weights, call, command, read_bin
+from cases import Golden, Run, Workplace, assert_same_weights, call, command, read_bin, report_lack
 
 STAND_IN = Path(__file__).parents[2] / "stand_in_npu.py"
 
@@ -93,27 +93,35 @@ def test_auto_prefers_the_npu(place: Workplace) -> None:
     assert (place.output / "train_eval_1p.txt").read_text(encoding="utf-8").startswith("[NPU:0]")
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library has no such settings")
 @pytest.mark.parametrize(("environment", "kept"), [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "131072"}, False)])
 def test_memory_that_tensors_free_is_kept_for_the_next_ones(
-    tmp_path: Path, environment: dict[str, str], kept: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], kept: bool
 ) -> None:
-    """Told by page faults: a tensor of 100 MB that is made anew and anew needs none. A user's own settings go first.
+    """Page faults show it: a tensor of 100 MB needs no new pages in the end. A user's own settings go first.
 
-    It takes a few: glibc keeps the small pieces beside the first seven apart, so that theirs are not whole again.
+    It takes a few tensors: glibc keeps the small pieces beside the first seven apart, so theirs are not whole again.
+    How many faults the first one costs depends on the size of the system's pages.
     """
+    for name in [name for name in os.environ if name.startswith(("MALLOC_", "GLIBC_TUNABLES"))]:
+        monkeypatch.delenv(name)
     program = (
         "import resource, torch\n"
         "from distillation.runtime.device import keep_freed_memory\n"
         "keep_freed_memory()\n"
+        "faults = []\n"
         "for _ in range(20):\n"
         "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "    torch.ones(25_000_000)\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
+        "    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
+        "print(faults[0], faults[-1])\n"
     )
     done = command("-c", program, cwd=tmp_path, **environment)
     assert done.status == 0, done.err
-    assert (int(done.out) < 100) is kept
+    first, last = map(int, done.out.split())
+    if platform.libc_ver()[0] != "glibc" or not first:
+        report_lack("glibc's settings for freed memory, or a count of page faults")
+        return
+    assert (last < first / 4) is kept
 
 
 @pytest.mark.parametrize("prepared", [True, False])
