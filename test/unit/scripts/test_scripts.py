@@ -15,7 +15,8 @@ from distillation.options import Options, Stage, parse_options
 
 TEST = ROOT / "test"
 SCRIPTS = sorted(path.name for path in TEST.glob("*.sh"))
-INHERITED = ("PATH", "HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH")  # none of them is a setting
+INHERITED = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH")  # none of them is a setting
+INHERITED += ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")  # other_machines.sh sets these
 
 
 def inherited() -> dict[str, str]:

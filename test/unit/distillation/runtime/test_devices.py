@@ -26,7 +26,7 @@ def place(tmp_path: Path) -> Workplace:
 def on_npu(place: Workplace, **changes: object) -> tuple[Run, list[str]]:
     """main.py with --device npu, and what it called of torch.npu."""
     log = place.folder / "calls.txt"
-    threads = os.environ["OMP_NUM_THREADS"]  # as in this process: a sum's order follows from their number
+    threads = str(torch.get_num_threads())  # as in this process: a sum's order follows from their number
     flags = place.flags(device="npu", **changes)
     done = command(str(STAND_IN), str(log), *flags, cwd=place.folder, OMP_NUM_THREADS=threads)
     return done, log.read_text(encoding="utf-8").split("\n") if log.exists() else []

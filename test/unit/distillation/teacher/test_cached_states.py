@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +294,16 @@ def test_a_killed_run_leaves_nothing_that_another_would_use(sst2: Workplace) -> 
     assert len(entry.name) == 32  # and what was begun is gone
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Have this process compute in one thread, as those of `run_in_processes`: a sum's order follows from them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_two_processes_keep_and_find_what_one_does(sst2: Workplace, asked: list[int]) -> None:
     one = weights_of_run(sst2, "one")
     (entry,) = kept(sst2)
