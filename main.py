@@ -4,12 +4,12 @@
         --teacher_model bert_base_uncased_ft_sst --student_model general_tinybert \
         --output_dir tmp_tinybert_dir --fps_acc_dir ./output
 
-The scripts in test/ call this with the settings of each kind of run; `python main.py --help` names all flags.
+The scripts in test/ call it with the settings of each kind of run; `python main.py --help` lists all flags.
 """
 
 import sys
 
-if __name__ == "__main__":  # what is imported below takes seconds
+if __name__ == "__main__":  # before the imports below, which take seconds
     from distillation.runtime.signals import end_quietly
 
     end_quietly("main.py")
@@ -32,7 +32,7 @@ ENTRY = Entry(
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Parses the flags and runs what they ask for."""
+    """Parse the flags and start the run."""
     launch(parse_options(arguments, ENTRY))
 
 

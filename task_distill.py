@@ -1,15 +1,15 @@
-"""TinyBERT on any task of GLUE, or on your own: distillation, fine-tuning, evaluation, predictions.
+"""TinyBERT on any GLUE task, or on your own: distillation, fine-tuning, evaluation, predictions.
 
     python task_distill.py --data_dir glue_dir/CoLA --task_name cola --do_lower_case \
         --teacher_model bert_base_uncased_ft_cola --student_model general_tinybert --output_dir tmp_cola
     python task_distill.py --task_file reviews.json ...
 
-All flags of main.py work here too; `python task_distill.py --help` names them. test/pipeline.sh goes the whole way.
+It takes all flags of main.py; `python task_distill.py --help` lists them. test/pipeline.sh runs all stages of a task.
 """
 
 import sys
 
-if __name__ == "__main__":  # what is imported below takes seconds
+if __name__ == "__main__":  # before the imports below, which take seconds
     from distillation.runtime.signals import end_quietly
 
     end_quietly("task_distill.py")
@@ -33,7 +33,7 @@ ENTRY = Entry(
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Parses the flags and runs what they ask for."""
+    """Parse the flags and start the run."""
     launch(parse_options(arguments, ENTRY))
 
 

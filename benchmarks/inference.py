@@ -1,99 +1,71 @@
-"""Command: how much faster the student answers than its teacher.
+"""Command: examples per second of the student and of its teacher.
 
     python benchmarks/inference.py --data_dir glue_dir/SST-2 --vocabulary bert_base_uncased
 
-BERT-base and TinyBERT4 with random weights predict SST-2's dev set, in the settings of the original implementation
-(padded to 64, fp32, in the file's order) and in this project's (examples of like length together; with and without
-bf16). The models take turns, so that a busy machine is busy for both; the median counts.
+BERT-base and TinyBERT4 with random weights predict SST-2's dev set: as the original implementation does (padded to 64,
+fp32), and as this one does (padded to the longest, similar lengths together, with and without bf16). The models take
+turns, so that other work on the machine slows both; the medians count, without the first.
 """
 
 from __future__ import annotations
 
-import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np
-import torch
-
-from benchmarks.common import machine, make_models
+from benchmarks.common import build_parser, machine, make_models, number
 from data_processing.batching import Collator
 from data_processing.cache import Cache
-from data_processing.features import Features, load_features
+from data_processing.features import load_features
 from data_processing.tasks import find_task
-from distillation.evaluation import predict
-from distillation.flags import OneLineParser, path
+from distillation.evaluation import Predictor
 from distillation.launch import run_entry
 from distillation.runtime.device import Process, choose_device, open_device
-from distillation.runtime.precision import Precision, choose_precision
+from distillation.runtime.precision import choose_precision
 from transformer.heads import TinyBertForSequenceClassification
 from transformer.tokenization import BertTokenizer
 
-
-def in_the_files_order(
-    model: TinyBertForSequenceClassification, features: Features, padding: Collator, process: Process
-) -> None:
-    """Batches of 32 as the file has them."""
-    with torch.no_grad():
-        for start in range(0, len(features), 32):
-            batch = padding.collate(features, np.arange(start, min(start + 32, len(features)))).to(process.device)
-            model(*batch.inputs, hidden_layers=(), attention_layers=()).logits.cpu()
-
-
-def measure(ways: dict[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
-    """The median seconds of each, after one that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for repetition in range(repetitions + 1):
-        for name, way in ways.items():
-            begin = time.perf_counter()
-            way()
-            if repetition:
-                seconds[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+NAMES = ("teacher", "student")
+# The title of each row, and whether it uses bf16 and pads to the longest only.
+ROWS = (
+    ("padded to 64, fp32", False, False),
+    ("padded to the longest, similar lengths together, fp32", False, True),
+    ("padded to the longest, similar lengths together, bf16", True, True),
+)
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Prints the table."""
-    parser = OneLineParser(prog="inference.py", description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--data_dir", type=path, required=True, help="SST-2's folder; its dev.tsv is read")
-    parser.add_argument("--vocabulary", type=path, required=True, help="a folder with an uncased vocab.txt")
-    parser.add_argument("--device", default="auto", choices=("npu", "gpu", "cpu", "auto"))
-    parser.add_argument("--repetitions", type=int, default=3)
+    """Print the table."""
+    parser = build_parser("inference.py", __doc__)
+    parser.add_argument("--repetitions", type=number, default=3)
     flags = parser.parse_args(list(arguments))
     process = Process(open_device(choose_device(flags.device), 0))
     tokenizer = BertTokenizer.from_pretrained(flags.vocabulary)
     features = load_features(flags.data_dir / "dev.tsv", find_task("SST-2"), tokenizer, 64, Cache(None, 0))
-    maximum = Collator(True, 64)
-    print(f"{machine()}, {os.environ.get('OMP_NUM_THREADS', 'default')} threads")
-    print(f"{'':44}  {'BERT-base':>9}  {'TinyBERT4':>9}  ratio   (examples a second)")
+    print(machine())
+    print(f"{'examples per second':54}  {'teacher':>9}  {'student':>9}  ratio")
     with tempfile.TemporaryDirectory() as folder:
-        make_models(Path(folder), flags.vocabulary)
-        names = ("teacher", "student")
-        for title, amp, grouped in (
-            ("padded to 64, fp32, the file's order", False, False),
-            ("like lengths together, fp32", False, True),
-            ("like lengths together, bf16", True, True),
-        ):
-            precision = choose_precision(process.device, True, "O1", 128.0) if amp else Precision()
-            models = {n: TinyBertForSequenceClassification.from_pretrained(Path(folder) / n).eval() for n in names}
-            ways: dict[str, Callable[[], object]] = {}
-            for name, model in models.items():
+        make_models(Path(folder), flags.vocabulary, flags.size)
+        for title, amp, longest in ROWS:
+            precision = choose_precision(process.device, amp, "O1", 128.0)
+            collator = Collator(not longest, 64, bucketed_lengths=precision.bucketed_lengths)
+            predictor = Predictor(collator, 32, process, precision)
+            models = [TinyBertForSequenceClassification.from_pretrained(Path(folder) / name).eval() for name in NAMES]
+            for model in models:
                 precision.prepare_for_inference(model.to(process.device))
-                if grouped:
-                    longest = Collator(False, 64, bucketed_lengths=precision.bucketed_lengths)
-                    ways[name] = partial(predict, model, features, longest, 32, process, precision)
-                else:
-                    ways[name] = partial(in_the_files_order, model, features, maximum, process)
-            seconds = measure(ways, flags.repetitions)
-            rates = [len(features) / seconds[name] for name in names]
-            print(f"{title:44}  {rates[0]:9.1f}  {rates[1]:9.1f}  {rates[1] / rates[0]:5.1f}", flush=True)
+            seconds: list[list[float]] = [[], []]
+            for _ in range(flags.repetitions + 1):
+                for model, own in zip(models, seconds, strict=True):
+                    begin = time.perf_counter()
+                    predictor.logits(model, features)
+                    own.append(time.perf_counter() - begin)
+            teacher, student = (len(features) / statistics.median(own[1:]) for own in seconds)
+            print(f"{title:54}  {teacher:9.1f}  {student:9.1f}  {student / teacher:5.1f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,4 @@
-"""How good a model is: predictions for every example, once and in order, and the task's metrics.
-
-Chooses no checkpoint and writes no file.
-"""
+"""Run a model over whole datasets: logits, metrics, and the task's dev sets. Nothing here trains."""
 
 from __future__ import annotations
 
@@ -15,20 +12,31 @@ from torch import Tensor
 from torch.nn import functional
 
 from data_processing.batching import Collator
-from data_processing.features import Features
+from data_processing.features import Features, load_features
 from data_processing.tasks import Task
+from distillation.options import Options
 from distillation.runtime.device import Process, synchronize
 from distillation.runtime.logs import Progress
-from distillation.runtime.precision import Precision
+from distillation.runtime.precision import Precision, choose_precision
 from transformer.heads import TinyBertForSequenceClassification
+from transformer.tokenization import BertTokenizer
+
+
+class Interrupted(Exception):
+    """An evaluation ended early, in every process, because its caller asked for that; it has no result."""
+
+
+def never() -> bool:
+    """Return False: the evaluation is not to be interrupted."""
+    return False
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """A model judged on one file.
+    """A model's result on one file.
 
-    metrics: the task's, and `eval_loss`, the mean cross-entropy or, of a regression, squared error.
-    examples, seconds: of its forwards; None where its predictions were remembered.
+    metrics: the task's, and `eval_loss`, the mean cross-entropy or, for a regression, the mean squared error.
+    examples: in the file. seconds: of the forward passes; None where the logits came from the cache.
     """
 
     metrics: dict[str, float]
@@ -37,100 +45,153 @@ class EvaluationResult:
 
     @property
     def examples_per_second(self) -> float:
-        assert self.seconds is not None  # nobody asks how fast something was remembered
-        return self.examples / self.seconds
+        """Examples per second of the forward passes; 0 where the logits came from the cache."""
+        return self.examples / self.seconds if self.seconds else 0.0
+
+    def summary(self, name: str) -> str:
+        """Return one line for people about the result on the file of this name."""
+        metrics = ", ".join(f"{key} {value:.4f}" for key, value in self.metrics.items())
+        speed = "cached" if self.seconds is None else f"{self.examples_per_second:.0f} a second"
+        return f"{name}: {metrics} ({self.examples} examples, {speed})"
 
 
-class Interrupted(Exception):
-    """An evaluation was given up, in every process, as its caller asked for; nothing has come of it."""
+@dataclass(frozen=True)
+class Predictor:
+    """How models run over whole datasets.
 
-
-def never() -> bool:
-    """Of what is not to be given up."""
-    return False
-
-
-def predict(
-    model: TinyBertForSequenceClassification,
-    features: Features,
-    collator: Collator,
-    batch_size: int,
-    process: Process,
-    precision: Precision,
-    title: str = "evaluation",
-    stops: Callable[[], bool] = never,
-) -> np.ndarray:
-    """The model's logits [examples, outputs], in the features' order, in every process.
-
-    Examples of like length are asked about together, which pads little; the processes take turns at the
-    batches, so that these are the same however many there are. The model is left in the mode it had.
-
-    Args:
-        title: what the progress of a long one is called.
-        stops: asked before each batch whether to give up; all processes do where one does.
-
-    Raises:
-        Interrupted: it was given up.
+    batch_size: examples in a batch; it changes speed and last bits, not the result.
     """
-    was_training = model.training
-    model.eval()
-    # The longest first: memory that suffices for them always does.
-    order = np.argsort(-features.lengths, kind="stable")
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    own = batches[process.rank :: process.world_size]
-    progress = Progress(title, len(own), process.is_main, unit="batch")
-    logits: list[Tensor] = []
-    gives_up = False
-    with torch.no_grad(), precision.autocast():
-        for examples in own:
-            gives_up = stops()
-            if gives_up:
-                break
-            batch = collator.collate(features, examples).to(process.device)
-            logits.append(model(*batch.inputs, hidden_layers=(), attention_layers=()).logits.float())
-            progress.advance()
-    progress.close()
-    model.train(was_training)
-    # A process that was not asked to give up learns of it here, where it waits for the others anyway.
-    gathered = process.gather(None if gives_up else [part.cpu().numpy() for part in logits])
-    if any(parts is None for parts in gathered):
-        raise Interrupted
-    values = np.empty((len(order), model.num_labels), dtype=np.float32)
-    for rank, parts in enumerate(gathered):
-        for examples, part in zip(batches[rank :: process.world_size], parts, strict=True):
-            values[examples] = part
-    return values
 
+    collator: Collator
+    batch_size: int
+    process: Process
+    precision: Precision
 
-def evaluate(
-    model: TinyBertForSequenceClassification,
-    features: Features,
-    task: Task,
-    collator: Collator,
-    batch_size: int,
-    process: Process,
-    precision: Precision,
-    stops: Callable[[], bool] = never,
-) -> EvaluationResult:
-    """Predicts every example and judges the predictions.
+    def logits(
+        self,
+        model: TinyBertForSequenceClassification,
+        features: Features,
+        title: str = "evaluation",
+        should_stop: Callable[[], bool] = never,
+    ) -> np.ndarray:
+        """Return the model's logits [examples, outputs] in the order of the features, in every process.
 
-    Raises:
-        Interrupted: as for `predict`.
-    """
-    synchronize(process.device)
-    begin = time.perf_counter()
-    logits = predict(model, features, collator, batch_size, process, precision, stops=stops)
-    return evaluate_logits(logits, features, task, time.perf_counter() - begin)
+        Examples of similar length share a batch, so that little is padded. The processes take turns at the batches,
+        so that the batches do not depend on their number. The model is left in the mode that it had.
+
+        Args:
+            title: of the progress bar.
+            should_stop: called before each batch; all processes stop where it is true in one.
+
+        Raises:
+            Interrupted: `should_stop` was true.
+        """
+        was_training = model.training
+        model.eval()
+        # The longest first: if memory suffices for them, it suffices for all.
+        order = np.argsort(-features.lengths, kind="stable")
+        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        own = batches[self.process.rank :: self.process.world_size]
+        progress = Progress(title, len(own), self.process.is_main, unit="batch")
+        computed: list[Tensor] = []
+        stopped = False
+        with torch.no_grad(), self.precision.autocast():
+            for examples in own:
+                stopped = should_stop()
+                if stopped:
+                    break
+                batch = self.collator.collate(features, examples).to(self.process.device)
+                computed.append(model(*batch.inputs, hidden_layers=(), attention_layers=()).logits.float())
+                progress.advance()
+        progress.close()
+        model.train(was_training)
+        # A process that was not told to stop learns of it in this exchange.
+        gathered = self.process.gather(None if stopped else [part.cpu().numpy() for part in computed])
+        if any(parts is None for parts in gathered):
+            raise Interrupted
+        logits = np.empty((len(order), model.num_labels), dtype=np.float32)
+        for rank, parts in enumerate(gathered):
+            for examples, part in zip(batches[rank :: self.process.world_size], parts, strict=True):
+                logits[examples] = part
+        return logits
+
+    def evaluate(
+        self,
+        model: TinyBertForSequenceClassification,
+        features: Features,
+        task: Task,
+        should_stop: Callable[[], bool] = never,
+    ) -> EvaluationResult:
+        """Predict every example and compute the task's metrics.
+
+        Raises:
+            Interrupted: as `logits`.
+        """
+        synchronize(self.process.device)
+        begin = time.perf_counter()
+        logits = self.logits(model, features, should_stop=should_stop)
+        return evaluate_logits(logits, features, task, time.perf_counter() - begin)
 
 
 def evaluate_logits(logits: np.ndarray, features: Features, task: Task, seconds: float | None) -> EvaluationResult:
-    """Judges predictions, logits [examples, outputs], that took so long."""
+    """Compute the metrics of logits [examples, outputs] that took so many seconds."""
     metrics = task.metric(predictions(logits, task), features.labels)
-    ours, theirs = torch.from_numpy(logits), torch.tensor(features.labels)  # which may be read-only
-    loss = functional.mse_loss(ours[:, 0], theirs) if task.is_regression else functional.cross_entropy(ours, theirs)
+    outputs, labels = torch.from_numpy(logits), torch.tensor(features.labels)  # from_numpy refuses read-only arrays
+    loss = (
+        functional.mse_loss(outputs[:, 0], labels) if task.is_regression else functional.cross_entropy(outputs, labels)
+    )
     return EvaluationResult({**metrics, "eval_loss": loss.item()}, len(features), seconds)
 
 
 def predictions(logits: np.ndarray, task: Task) -> np.ndarray:
-    """What logits [examples, outputs] say: [examples] label ids, or scores where the task is a regression."""
+    """Return the predicted label ids [examples] of logits [examples, outputs]; for a regression, the scores."""
     return logits[:, 0] if task.is_regression else logits.argmax(axis=1)
+
+
+@dataclass(frozen=True)
+class DevSets:
+    """The task's dev files, tokenized, by file name."""
+
+    task: Task
+    features: dict[str, Features]
+
+    @classmethod
+    def read(cls, options: Options, tokenizer: BertTokenizer) -> DevSets:
+        """Read and tokenize every dev file of the task.
+
+        Raises:
+            UserError: a file is missing or broken.
+        """
+        features = {
+            name: load_features(options.data_dir / name, options.task, tokenizer, options.max_seq_length, options.cache)
+            for name in options.task.dev_files
+        }
+        return cls(options.task, features)
+
+    def evaluate(
+        self,
+        model: TinyBertForSequenceClassification,
+        predictor: Predictor,
+        should_stop: Callable[[], bool] = never,
+    ) -> dict[str, EvaluationResult]:
+        """Evaluate a model on each file.
+
+        Raises:
+            Interrupted: as `Predictor.logits`.
+        """
+        return {
+            name: predictor.evaluate(model, features, self.task, should_stop)
+            for name, features in self.features.items()
+        }
+
+
+def make_predictor(options: Options, pad_token_id: int, process: Process) -> Predictor:
+    """Return the predictor that the flags describe, with its precision, on this process's device.
+
+    Raises:
+        UserError: the device cannot compute in the precision that the flags name.
+    """
+    precision = choose_precision(process.device, options.amp, options.opt_level, options.loss_scale, options.amp_dtype)
+    to_maximum = options.padding == "max_length"
+    collator = Collator(to_maximum, options.max_seq_length, pad_token_id, precision.bucketed_lengths)
+    return Predictor(collator, options.eval_batch_size, process, precision)

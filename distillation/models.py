@@ -1,7 +1,7 @@
-"""From the user's folders to a teacher and a student that fit each other and the task, or one clear error.
+"""Load the teacher and the student from their folders, and check that they fit each other and the task.
 
-Nothing here trains. What a checkpoint may lack depends on its part: a teacher is whole, a student
-may get a new classifier or projection, and a line says so.
+A teacher, or a model to evaluate, must be complete. A model to train may get a new classifier or projection, which is
+logged.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from data_processing.files import file_digest
 from data_processing.tasks import Task
 from distillation.labels import in_task_order, names_the_task
+from distillation.runtime.files import read_json_object
 from transformer.configuration import BertConfig
 from transformer.errors import UserError
-from transformer.file_utils import WEIGHTS_NAME, read_weights
+from transformer.file_utils import MODEL_FILES, SAFETENSORS_NAME, WEIGHTS_NAME, read_weights
 from transformer.heads import TinyBertForSequenceClassification
 from transformer.loading import (
     NoNewWeights,
@@ -30,12 +33,12 @@ from transformer.loading import (
     summarise,
     with_encoder_prefix,
 )
-from transformer.saving import MANIFEST_NAME, changed_files, has_changed_content, settle_to_read
 from transformer.tokenization import BertTokenizer
 from transformer.vocabulary import TOKENIZER_CONFIG_NAME, stated_case, vocabulary_path
 
 logger = logging.getLogger(__name__)
 
+RUN_NAME = "run.json"  # beside a model: the record of the run that made it
 _PROJECTIONS = ("fit_dense.", "fit_denses.")
 
 
@@ -48,28 +51,29 @@ class LoadedModel:
     folder: Path
 
 
-def choose_case(asked: bool | None, folders: Sequence[Path | None]) -> bool:
-    """Whether the run's models read lower-cased text.
+def choose_case(required: bool | None, folders: Sequence[Path | None]) -> bool:
+    """Return whether the tokenizers of a run lower-case their text.
 
     Args:
-        asked: what the flags or the task file say; None leaves it to the folders.
-        folders: of the models, which say it in their files or show it in their vocabularies; None is no model.
+        required: the case that the flags or the task file require; None: the models' files decide.
+        folders: the models' folders, whose tokenizer settings or vocabularies show the case; None: no model.
 
     Returns:
-        Where neither flag nor folder tells, False, as in the original.
+        False, as in the original, if nothing shows the case.
 
     Raises:
-        UserError: the folders say otherwise than what is asked, or than each other.
+        UserError: a model has another case than required, or than the other model.
     """
-    there = [folder for folder in folders if folder is not None and os.path.isfile(vocabulary_path(folder))]
-    stated = [(folder, case) for folder in there if (case := stated_case(folder)) is not None]
+    present = [folder for folder in folders if folder is not None and os.path.isfile(vocabulary_path(folder))]
+    stated = [(folder, case) for folder in present if (case := stated_case(folder)) is not None]
     words = {True: "uncased", False: "cased"}
     for folder, case in stated:
-        if asked is not None and case.lower != asked:
-            how = "leave out --do_lower_case (with the scripts: DO_LOWER_CASE=0)" if asked else "set lower_case to true"
-            raise UserError(f"{folder}: this model is {words[case.lower]} ({case.evidence}); {how}")
-    if asked is not None or not stated:
-        return bool(asked)
+        if required is not None and case.lower != required:
+            leave_out = "leave out --do_lower_case (with the scripts: DO_LOWER_CASE=0)"
+            advice = leave_out if required else "set lower_case to true"
+            raise UserError(f"{folder}: this model is {words[case.lower]} ({case.evidence}); {advice}")
+    if required is not None or not stated:
+        return bool(required)
     (folder, first), *rest = stated
     for other, case in rest:
         if case.lower != first.lower:
@@ -77,45 +81,45 @@ def choose_case(asked: bool | None, folders: Sequence[Path | None]) -> bool:
                 f"{folder} and {other}: one model is {words[first.lower]} ({first.evidence}), "
                 f"the other {words[case.lower]} ({case.evidence})"
             )
-    if first.lower and not first.evidence.startswith(TOKENIZER_CONFIG_NAME):  # which is plain enough
-        logger.info("%s: an uncased model (%s): its text is lower-cased, as by --do_lower_case", folder, first.evidence)
+    if first.lower and not first.evidence.startswith(TOKENIZER_CONFIG_NAME):  # inferred, so log it
+        logger.info("%s: an uncased model (%s): text is lower-cased, as with --do_lower_case", folder, first.evidence)
     return first.lower
 
 
 def load_complete(
     folder: Path, task: Task, do_lower_case: bool, head: str | None = None, use: str = "the model"
 ) -> LoadedModel:
-    """Loads a classifier that is used as it stands: a teacher, or a model to be evaluated.
+    """Load a classifier that is not trained: a teacher, or a model to evaluate.
 
     Args:
-        folder: config.json, weights and vocab.txt.
-        task: its labels are what the classifier must tell apart.
+        folder: the folder of config.json, weights, and vocab.txt or tokenizer.json.
+        task: the task, whose labels the classifier must have.
         do_lower_case: whether the tokenizer lower-cases.
-        head: `relu` or `linear` where the config is not to be believed about the classifier's form.
-        use: what the model is in this run, for messages.
+        head: `relu` or `linear`, the form of the classifier; None: according to config.json.
+        use: the role of the model, for messages.
 
     Raises:
-        UserError: a file is missing or broken, or the model has no classifier for this task.
+        UserError: a file is missing or damaged, or the model has no classifier for this task.
     """
     config, weights, tokenizer = _read(folder, do_lower_case)
-    labels = num_labels_of(weights)
-    if labels is None:
+    outputs = num_labels_of(weights)
+    if outputs is None:
         raise UserError(
             f"{folder}: {use} has no classifier, it is a raw BERT; "
             "fine-tune it on the task first (--do_finetune, or test/train_teacher_1p.sh, test/pipeline.sh)"
         )
-    if labels != task.outputs:
-        raise UserError(f"{folder}: the classifier of {use} {_mismatch(labels, task)}")
-    model = _build(folder, config, weights, labels, 0, False)
+    if outputs != task.outputs:
+        raise UserError(f"{folder}: the classifier of {use} {_mismatch(outputs, task)}")
+    model = _build(folder, config, weights, outputs, 0, False)
     report = model.load(in_task_order(weights, config, task, folder), folder)
     if report.missing:
         raise UserError(f"{folder}: the weights lack {summarise(report.missing)}, which {use} needs")
-    _say_unused(folder, [key for key in report.unexpected if not key.startswith(_PROJECTIONS)])
+    _log_unused(folder, [key for key in report.unexpected if not key.startswith(_PROJECTIONS)])
     model.set_labels(label_names(task), config.relu_head if head is None else head == "relu")
     return LoadedModel(model.eval(), tokenizer, folder)
 
 
-def load_learner(
+def load_for_training(
     folder: Path,
     task: Task,
     do_lower_case: bool,
@@ -123,49 +127,49 @@ def load_learner(
     transfer_learning: bool = False,
     head: str | None = None,
 ) -> LoadedModel:
-    """Loads a model that is to be trained: a student, or an encoder that becomes a teacher.
+    """Load a model to train: a student, or an encoder to fine-tune as a teacher.
 
-    A classifier or a projection that the checkpoint lacks begins anew. So does a projection to
-    another teacher's hidden size and, with `transfer_learning`, a classifier of another number of
-    labels.
+    New weights are drawn for a classifier or projection that the checkpoint lacks, for a projection to another hidden
+    size than the teacher's and, with `transfer_learning`, for a classifier with another number of outputs.
 
     Args:
         folder, task, do_lower_case, head: as for `load_complete`.
-        teacher_size: the hidden size that its states are projected to; 0 keeps the checkpoint's.
-        transfer_learning: whether a classifier of another number of labels may be given up.
+        teacher_size: the teacher's hidden size, the output size of the projection; 0: the checkpoint's.
+        transfer_learning: whether to replace a classifier with another number of outputs.
 
     Raises:
-        UserError: a file is missing or broken, part of the encoder is missing, or the classifier is
-            of another number of labels.
+        UserError: a file is missing or damaged, part of the encoder is missing, or the classifier has another number
+            of outputs.
     """
     config, weights, tokenizer = _read(folder, do_lower_case)
-    anew = []
-    labels = num_labels_of(weights)
-    if labels is not None and labels != task.outputs:
+    outputs = num_labels_of(weights)
+    if outputs is not None and outputs != task.outputs:
         if not transfer_learning:
-            raise UserError(f"{folder}: the classifier {_mismatch(labels, task)}; --transfer_learning begins it anew")
-        weights = {key: tensor for key, tensor in weights.items() if not key.startswith("classifier.")}
+            raise UserError(f"{folder}: the classifier {_mismatch(outputs, task)}; --transfer_learning replaces it")
+        weights = _without(weights, "classifier.")
     if teacher_size and projection_size(weights) not in (0, teacher_size):
-        weights = {key: tensor for key, tensor in weights.items() if not key.startswith(_PROJECTIONS)}
+        weights = _without(weights, *_PROJECTIONS)
     fit_size = teacher_size or projection_size(weights)
     model = _build(folder, config, weights, task.outputs, fit_size, has_layer_projections(weights))
-    if labels == task.outputs and names_the_task(config, task):  # of another task it is only where to start from
+    if outputs == task.outputs and names_the_task(config, task):  # a classifier of another task has no label order
         weights = in_task_order(weights, config, task, folder)
     report = model.load(weights, folder)
-    anew = sorted({key.rsplit(".", 1)[0] for key in report.missing})
-    if anew:
-        logger.info("%s: not in the checkpoint, begun anew: %s", folder, ", ".join(anew))
-    _say_unused(folder, report.unexpected)
+    if report.missing:
+        modules = sorted({key.rsplit(".", 1)[0] for key in report.missing})
+        logger.info("%s: not in the checkpoint, newly initialized: %s", folder, ", ".join(modules))
+    _log_unused(folder, report.unexpected)
     model.set_labels(label_names(task), config.relu_head if head is None else head == "relu")
     return LoadedModel(model, tokenizer, folder)
 
 
-def _read(folder: Path, do_lower_case: bool) -> tuple[BertConfig, dict, BertTokenizer]:
+def _without(weights: Mapping[str, Tensor], *prefixes: str) -> dict[str, Tensor]:
+    return {key: tensor for key, tensor in weights.items() if not key.startswith(prefixes)}
+
+
+def _read(folder: Path, do_lower_case: bool) -> tuple[BertConfig, dict[str, Tensor], BertTokenizer]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; expected a model's folder with config.json, weights and vocab.txt")
-    settle_to_read(folder)
-    for name in changed_files(folder, hash_weights=False):
-        _warn_of_change(folder / name)
+    _warn_of_changed_files(folder)
     config = BertConfig.from_pretrained(folder)
     tokenizer = BertTokenizer.from_pretrained(folder, do_lower_case)
     if len(tokenizer) > config.vocab_size:
@@ -176,61 +180,82 @@ def _read(folder: Path, do_lower_case: bool) -> tuple[BertConfig, dict, BertToke
 
 
 def warn_of_changed_weights(folder: Path, digests: Mapping[str, str]) -> None:
-    """Warns of weights whose bits are not those that were saved; of another size reading them has told.
+    """Warn if a model's weights are not those that its run.json records.
 
     Args:
-        digests: the SHA-256 of files by their paths, where they are known: hashing takes a second a gigabyte.
+        folder: of the model.
+        digests: path -> SHA-256 of the files whose digest is known; hashing takes about a second per gigabyte.
     """
     path = folder / WEIGHTS_NAME
-    known = digests.get(str(path))
-    if known is not None and has_changed_content(path, known):
+    saved, known = _saved_digests(folder).get(WEIGHTS_NAME), digests.get(str(path))
+    if None not in (saved, known) and saved != known:
         _warn_of_change(path)
 
 
+def _warn_of_changed_files(folder: Path) -> None:
+    """Warn of each file but the weights that is not the one that run.json records."""
+    saved = _saved_digests(folder)
+    for name in MODEL_FILES:
+        path = folder / name
+        if name in saved and name != WEIGHTS_NAME and not (path.is_file() and file_digest(path) == saved[name]):
+            _warn_of_change(path)
+    # Read in place of the saved weights; alone it is the saved weights in another form.
+    if WEIGHTS_NAME in saved and all((folder / name).is_file() for name in (WEIGHTS_NAME, SAFETENSORS_NAME)):
+        _warn_of_change(folder / SAFETENSORS_NAME)
+
+
+def _saved_digests(folder: Path) -> Mapping[str, object]:
+    """Return the SHA-256 of the model's files that run.json records, by name; empty without one."""
+    model = (read_json_object(folder / RUN_NAME) or {}).get("model")
+    return model if isinstance(model, dict) else {}
+
+
 def _warn_of_change(path: Path) -> None:
-    # No error: whoever edits a model's files by hand knows what for.
+    # Not an error: users may edit a model's files on purpose.
     logger.warning(
-        "%s: is not the file that was saved with this model (%s), and is used as it is; unless it was changed on "
-        "purpose it is damaged or of another model: copy the whole folder again",
+        "%s: is not the file that was saved with this model (%s); it is used, but unless you changed it, it is damaged "
+        "or belongs to another model: copy the whole folder again",
         path,
-        MANIFEST_NAME,
+        RUN_NAME,
     )
 
 
 def _build(
-    folder: Path, config: BertConfig, weights: dict, labels: int, fit_size: int, per_layer: bool
+    folder: Path, config: BertConfig, weights: Mapping[str, Tensor], outputs: int, fit_size: int, per_layer: bool
 ) -> TinyBertForSequenceClassification:
-    """Builds the model that config.json describes; sizes that its weights do not have are refused first.
+    """Build the model that config.json describes, after checking its sizes against the weights.
 
-    Only where the checkpoint lacks some of its weights are new ones drawn.
+    Random weights are drawn only if the checkpoint lacks some.
     """
     with torch.device("meta"), NoNewWeights():
-        missing = check_weights(TinyBertForSequenceClassification(config, labels, fit_size, per_layer), weights, folder)
+        missing = check_weights(
+            TinyBertForSequenceClassification(config, outputs, fit_size, per_layer), weights, folder
+        )
     with contextlib.nullcontext() if missing else NoNewWeights():
-        return TinyBertForSequenceClassification(config, labels, fit_size, per_layer)
+        return TinyBertForSequenceClassification(config, outputs, fit_size, per_layer)
 
 
 def label_names(task: Task) -> tuple[str, ...]:
-    """How a model of this task names its outputs in config.json: in words where there are any."""
+    """Return the names of a model's outputs for config.json: words if the task has them, otherwise its labels."""
     return task.meanings or task.labels or ("score",)
 
 
-def _mismatch(labels: int, task: Task) -> str:
+def _mismatch(outputs: int, task: Task) -> str:
     if task.is_regression:
-        return f"tells {labels} labels apart, {task.name} is a regression: it needs one output"
-    return f"tells {labels} labels apart, {task.name} has {len(task.labels)}"
+        return f"has {outputs} outputs, {task.name} is a regression task and needs one"
+    return f"has {outputs} outputs, {task.name} has {len(task.labels)} labels"
 
 
-def _say_unused(folder: Path, keys: Sequence[str]) -> None:
+def _log_unused(folder: Path, keys: Sequence[str]) -> None:
     if keys:
         logger.info("%s: in the checkpoint, not used: %s", folder, summarise(keys))
 
 
 def check_lengths(config: BertConfig, folder: Path, task: Task, max_seq_length: int) -> None:
-    """Checks that the model can read the task's texts.
+    """Check that the model can read the task's texts.
 
     Raises:
-        UserError: it has too few positions, or one segment only where the task has two texts.
+        UserError: it has too few positions, or one segment while the task has pairs of texts.
     """
     if max_seq_length > config.max_position_embeddings:
         raise UserError(
@@ -242,7 +267,7 @@ def check_lengths(config: BertConfig, folder: Path, task: Task, max_seq_length: 
 
 
 def check_same_vocabulary(teacher: LoadedModel, student: LoadedModel) -> None:
-    """Checks that teacher and student read the same ids.
+    """Check that teacher and student have the same vocabulary.
 
     Raises:
         UserError: their vocabularies differ.
@@ -257,12 +282,12 @@ def check_same_vocabulary(teacher: LoadedModel, student: LoadedModel) -> None:
         difference = f"first at line {theirs[token] + 1}, where the teacher has {token!r}"
     raise UserError(
         f"{teacher.folder} and {student.folder}: teacher and student have different vocabularies ({difference}); "
-        "a student learns only from a teacher that reads the same vocab.txt"
+        "distillation needs the same vocab.txt in both"
     )
 
 
 def check_same_heads(teacher: LoadedModel, student: LoadedModel) -> None:
-    """Checks that attention scores can be compared, head by head.
+    """Check that teacher and student have as many attention heads, whose scores the attention loss compares.
 
     Raises:
         UserError: the numbers of heads differ.
@@ -271,5 +296,5 @@ def check_same_heads(teacher: LoadedModel, student: LoadedModel) -> None:
     if ours != theirs:
         raise UserError(
             f"{teacher.folder} and {student.folder}: the teacher has {theirs} attention heads and the student {ours}; "
-            "attention scores can be learned only from a teacher with as many heads"
+            "the attention loss needs as many; leave it out (--losses), or take another student"
         )

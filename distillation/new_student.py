@@ -1,9 +1,9 @@
-"""Command: a student from nothing, or from some of a teacher's layers.
+"""Command: make a new student, with random weights or with some of a teacher's layers.
 
     python -m distillation.new_student --teacher DIR --num_hidden_layers 4 --hidden_size 312 \
         --intermediate_size 1200 --init random|teacher_layers --output_dir general_tinybert
 
-It stands in for a generally distilled model where none can be had; it teaches the student nothing.
+Use it if you have no generally distilled student (general_tinybert). It does not train the student.
 """
 
 from __future__ import annotations
@@ -37,21 +37,23 @@ logger = logging.getLogger(__name__)
 def build_student(
     config: BertConfig, teacher_config: BertConfig, teacher: dict[str, Tensor], copy_layers: bool
 ) -> tuple[TinyBertForSequenceClassification, list[str]]:
-    """Makes a student and, where asked, copies the teacher's mapped layers into it.
+    """Build a student and, with `copy_layers`, copy the teacher's mapped layers into it.
 
-    Student layer m gets teacher layer g(m) of the uniform map; embeddings, pooler and classifier are
-    copied as they are. A module is copied only as a whole, where each of its tensors has the
-    student's shape. A student as wide as its teacher starts with the identity as its projection.
+    Student layer m gets teacher layer g(m) of the uniform map; embeddings, pooler and classifier are copied too. A
+    module is copied if all its tensors have the student's shapes. The projection of a student with the teacher's hidden
+    size starts as the identity.
 
     Args:
-        config: the student's. teacher_config: the teacher's. teacher: its weights.
-        copy_layers: whether anything is copied.
+        config: the student's configuration.
+        teacher_config: the teacher's configuration.
+        teacher: the teacher's weights.
+        copy_layers: whether to copy anything.
 
     Returns:
-        The student, and the names of the teacher's modules that were copied, in the student's order.
+        The student, and the names of the copied modules, in the student's order.
 
     Raises:
-        UserError: the teacher's depth is no multiple of the student's.
+        UserError: the teacher's number of layers is no multiple of the student's.
     """
     student = TinyBertForSequenceClassification(
         config, num_labels_of(teacher) or 2, fit_size=teacher_config.hidden_size
@@ -84,21 +86,22 @@ def _copy_module(module: nn.Module, source: str, teacher: dict[str, Tensor]) -> 
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog="distillation.new_student", description="Makes a new student.", allow_abbrev=False)
-    parser.add_argument("--teacher", type=path, required=True, help="folder whose vocabulary and sizes it takes over")
-    parser.add_argument("--num_hidden_layers", type=int, default=4)
-    parser.add_argument("--hidden_size", type=int, default=312)
-    parser.add_argument("--intermediate_size", type=int, default=1200)
-    parser.add_argument("--num_attention_heads", type=int, help="default: the teacher's")
-    parser.add_argument("--init", choices=("random", "teacher_layers"), default="random")
-    parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--output_dir", type=path, required=True)
-    parser.add_argument("--overwrite_output_dir", action="store_true")
+    parser = OneLineParser(prog="distillation.new_student", description="Make a new student.", allow_abbrev=False)
+    add = parser.add_argument
+    add("--teacher", type=path, required=True, help="folder of the model whose vocabulary and settings are used")
+    add("--num_hidden_layers", type=int, default=4)
+    add("--hidden_size", type=int, default=312)
+    add("--intermediate_size", type=int, default=1200)
+    add("--num_attention_heads", type=int, help="default: the teacher's")
+    add("--init", choices=("random", "teacher_layers"), default="random")
+    add("--seed", type=int, default=42)
+    add("--output_dir", type=path, required=True)
+    add("--overwrite_output_dir", action="store_true")
     return parser
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Makes the student that the flags describe and writes its folder."""
+    """Make the student that the flags describe, and write its folder."""
     flags = _parser().parse_args(list(arguments))
     check_output_dir(flags.output_dir, flags.overwrite_output_dir, (flags.teacher,))
     if not flags.teacher.is_dir():
@@ -121,21 +124,16 @@ def main(arguments: Sequence[str]) -> None:
     seed_process(flags.seed, 0)
     student, copied = build_student(config, teacher_config, teacher, flags.init == "teacher_layers")
     weights = student.state_dict()
-    if num_labels_of(teacher) is None:  # no task is known yet: the student gets its classifier with it
+    if num_labels_of(teacher) is None:  # the task is not known yet; training adds its classifier
         weights = {key: tensor for key, tensor in weights.items() if not key.startswith("classifier.")}
-    save_model(flags.output_dir, student.config, weights, tokenizer)
-    write_run(flags.output_dir, describe_command("distillation.new_student", vars(flags), [flags.teacher]))
-    parameters = sum(tensor.numel() for tensor in weights.values())
+    model = save_model(flags.output_dir, student.config, weights, tokenizer)
+    write_run(flags.output_dir, describe_command("distillation.new_student", vars(flags), [flags.teacher]), model)
     if flags.init == "teacher_layers":
         logger.info("copied from the teacher: %s", ", ".join(copied) or "nothing, no shape is the same")
-    logger.info(
-        "%s: %d layers, hidden %d, intermediate %d, %.1f million parameters",
-        flags.output_dir,
-        config.num_hidden_layers,
-        config.hidden_size,
-        config.intermediate_size,
-        parameters / 1e6,
-    )
+    sizes = config.num_hidden_layers, config.hidden_size, config.intermediate_size
+    millions = sum(tensor.numel() for tensor in weights.values()) / 1e6
+    message = "%s: %d layers, hidden %d, intermediate %d, %.1f million parameters"
+    logger.info(message, flags.output_dir, *sizes, millions)
 
 
 if __name__ == "__main__":

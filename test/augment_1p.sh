@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Data augmentation of SST-2: makes train_aug.tsv, which the training scripts read, from train.tsv. TASK_NAME and
-# DATA_DIR name another task. Stopped, it goes on with RESUME=1.
+# Augments SST-2: writes train_aug.tsv, which the training scripts read, from train.tsv. TASK_NAME and DATA_DIR select
+# another task.
 #
-#   GLOVE_EMBS=glove.6B.300d.txt     vectors from nlp.stanford.edu/projects/glove; GLOVE_EMBS= does without them
-#   BERT_MODEL=bert_base_uncased     with its masked-LM head; TRAIN_MLM_HEAD=1000 trains one for an encoder without
-#   N, M, P, MLM_CONTEXT             how much is replaced, and by what (data_augmentation.py --help)
-#   RELABEL_BY=DIR                   leaves out what this teacher puts into another class than the original
-#   RESUME=1, OVERWRITE_OUTPUT_FILE=1
+#   GLOVE_EMBS=glove.6B.300d.txt     vectors from nlp.stanford.edu/projects/glove; GLOVE_EMBS= (empty) for none
+#   BERT_MODEL=bert_base_uncased     with a masked-LM head; TRAIN_MLM_HEAD=1000 trains one in 1000 steps
+#   N, M, P, MLM_CONTEXT             number and kind of replacements (data_augmentation.py --help)
+#   RELABEL_BY=DIR                   drop new examples to which this teacher gives another label
+#   RESUME=1                         continue an interrupted run
+#   OVERWRITE_OUTPUT_FILE=1          replace train_aug.tsv
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 source test/env_npu_1p.sh

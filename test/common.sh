@@ -1,15 +1,14 @@
 #!/usr/bin/env bash
-# Sourced by the scripts in test/: goes to the repository's root and reads the settings that they share.
-# Paths in a script's variables and flags are seen from there.
+# Sourced by the scripts in test/: changes to the repository's root and reads their common settings.
+# Paths in variables and flags are relative to the root.
 #
-#   PYTHON                  the interpreter; .venv/bin/python where there is one, else python3
+#   PYTHON                  interpreter (default: .venv/bin/python if it exists, otherwise python3)
 #   DO_LOWER_CASE=0         for a cased model
-#   OVERWRITE_OUTPUT_DIR=1  replaces the model in an output folder that is not empty
-#   RESUME=1                goes on with a training that was stopped, and begins where there is none
-#   SEED                    42
+#   OVERWRITE_OUTPUT_DIR=1  replace the model in an output folder that is not empty
+#   RESUME=1                continue an interrupted training; start a new one if there is none
+#   SEED=42
 #
-# The other settings stand, with their defaults, in each script's command. Flags that follow the
-# script's name come last and so win.
+# The other settings, with their defaults, are in each script's command. Flags after the script's name override them.
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
 if [ -z "${PYTHON:-}" ]; then
@@ -22,6 +21,5 @@ if [ "${DO_LOWER_CASE:-1}" != 0 ]; then switches+=(--do_lower_case); fi
 if [ "${OVERWRITE_OUTPUT_DIR:-0}" != 0 ]; then switches+=(--overwrite_output_dir); fi
 if [ "${RESUME:-0}" != 0 ]; then switches+=(--resume); fi
 
-# Threads that wait for one another sleep instead of spinning: as fast on an idle machine, and several times
-# as fast where other programs need the cores too.
+# Waiting threads sleep instead of spinning, which is faster while other programs use the cores.
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"

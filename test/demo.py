@@ -1,10 +1,10 @@
-"""Command: shows what a student says of some texts, and that it says the same twenty times.
+"""Command: print a student's predictions for some texts, and check that its logits are the same 20 times.
 
     python test/demo.py --do_lower_case
     python test/demo.py --do_lower_case --model TinyBERT_dir --text "A film to remember."
     python test/demo.py --model my_student --task_name MNLI --data_dir glue_dir/MNLI
 
-It runs on the CPU, where equal input gives logits that are equal bit for bit, and writes nothing.
+It runs on the CPU, where the same input gives the same bits, and writes no file.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ SENTENCES = (
 
 
 def any_task(folder: Path) -> Task:
-    """A task that fits the model: of single texts, its labels named by its config.json, else 0, 1, …"""
+    """Return a task of single texts for the model, with the labels of its config.json, otherwise 0, 1, …"""
     names = BertConfig.from_pretrained(folder).id2label
     count = num_labels_of(read_weights(folder)) or len(names)
     labels = () if count == 1 else tuple(names.get(index, str(index)) for index in range(count))
@@ -53,17 +53,17 @@ def any_task(folder: Path) -> Task:
 
 
 def dev_rows(task: Task, data_dir: Path) -> Examples:
-    """As many rows of the task's dev file as there are SENTENCES, from all over it."""
+    """Return as many rows of the task's dev file as there are SENTENCES, evenly spaced."""
     rows = read_examples(data_dir / task.dev_files[0], task)
     chosen = np.unique(np.linspace(0, len(rows) - 1, len(SENTENCES)).astype(int))
     return Examples(tuple([side[row] for row in chosen] for side in rows.texts), rows.labels[chosen])
 
 
 def given_texts(texts: Sequence[str], seconds: Sequence[str] | None, task: Task, task_named: bool) -> Examples:
-    """The user's texts; in pairs where there are second ones.
+    """Return the user's texts, in pairs if there are second texts.
 
     Raises:
-        UserError: not every text has its second, or the task is not of that form.
+        UserError: the numbers of first and second texts differ, or the task has the other form.
     """
     if seconds is not None and len(seconds) != len(texts):
         raise UserError(f"there are {len(texts)} --text and {len(seconds)} --text_b: a pair needs one of each")
@@ -73,7 +73,7 @@ def given_texts(texts: Sequence[str], seconds: Sequence[str] | None, task: Task,
 
 
 def make_batch(examples: Examples, loaded: LoadedModel, max_seq_length: int) -> Batch:
-    """All examples as one batch; each keeps what fits in max_seq_length WordPieces."""
+    """Return all examples as one batch, cut to max_seq_length WordPieces."""
     features = make_features(examples, loaded.tokenizer, max_seq_length)
     padding = Collator(False, max_seq_length, loaded.tokenizer.pad_token_id)
     return padding.collate(features, np.arange(len(examples)))
@@ -81,20 +81,20 @@ def make_batch(examples: Examples, loaded: LoadedModel, max_seq_length: int) -> 
 
 @torch.no_grad()
 def logits_of(loaded: LoadedModel, batch: Batch) -> torch.Tensor:
-    """[texts, outputs]."""
+    """Return the logits, [examples, outputs]."""
     return loaded.model(batch.input_ids, batch.token_type_ids, batch.attention_mask).logits
 
 
-def shown(text: str, most: int = 80) -> str:
-    """The text on one line, what cannot be printed as escapes, cut to `most` characters."""
+def printable(text: str, most: int = 80) -> str:
+    """Return the text on one line, cut to `most` characters, with escapes for unprintable characters."""
     start = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:most])
     return start[:most] + ("…" if len(text) > most or len(start) > most else "")
 
 
 def table(task: Task, logits: torch.Tensor, examples: Examples, labelled: bool) -> list[list[str]]:
-    """Rows of cells, the first one of headings: what is predicted, how surely, what was right, the texts."""
+    """Return rows of cells, headings first: prediction, probability, the label in the file, the texts."""
     pairs = len(examples.texts) == 2
-    names = [shown(name, 30) for name in label_names(task)]
+    names = [printable(name, 30) for name in label_names(task)]
     headings = ["score"] if task.is_regression else ["label", "probability"]
     headings += (["in the file"] if labelled else []) + (["first text", "second text"] if pairs else ["text"])
     rows = [headings]
@@ -104,49 +104,53 @@ def table(task: Task, logits: torch.Tensor, examples: Examples, labelled: bool) 
         else:
             best = int(output.argmax())
             cells, right = [names[best], f"{output.softmax(dim=0)[best]:.4f}"], names[label]
-        cells += ([right] if labelled else []) + [shown(side[number], 50 if pairs else 80) for side in examples.texts]
+        cells += ([right] if labelled else []) + [
+            printable(side[number], 50 if pairs else 80) for side in examples.texts
+        ]
         rows.append(cells)
     return rows
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """The rows as lines, their cells under one another."""
+    """Return the rows as lines with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(f"{c:{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-def flags_of(arguments: Sequence[str]) -> argparse.Namespace:
-    """Parses and checks the flags.
+def parse_flags(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse and check the flags.
 
     Raises:
-        UserError: one of them is of no use.
+        UserError: a flag is invalid.
     """
     parser = OneLineParser(prog="demo.py", description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument("--model", type=Path, default=Path("TinyBERT_dir"), help="the student's folder")
     parser.add_argument(
-        "--max_seq_length", type=int, help="in WordPieces, specials included (default: the task's, or 64)"
+        "--max_seq_length",
+        type=int,
+        help="maximum number of WordPieces, including special tokens (default: the task's, or 64)",
     )
-    parser.add_argument("--do_lower_case", action="store_true", help="set for an uncased model")
-    parser.add_argument("--text", action="append", help="a text of your own; may be given several times")
+    parser.add_argument("--do_lower_case", action="store_true", help="the model is uncased")
+    parser.add_argument("--text", action="append", help="a text; may be given several times")
     parser.add_argument("--text_b", action="append", help="the second text of a pair, one for each --text")
-    parser.add_argument("--task_name", help="the task of GLUE that the model has learned")
-    parser.add_argument("--task_file", type=Path, help="or the task of your own")
-    parser.add_argument("--data_dir", type=Path, help="its data: shows rows of its dev file")
+    parser.add_argument("--task_name", help="the GLUE task of the model")
+    parser.add_argument("--task_file", type=Path, help="the JSON file of your own task, instead of --task_name")
+    parser.add_argument("--data_dir", type=Path, help="the task's data; shows rows of its dev file")
     flags = parser.parse_args(list(arguments))
     if flags.max_seq_length is not None and flags.max_seq_length < 8:
         raise UserError(f"--max_seq_length {flags.max_seq_length}: expected 8 or more")
     if flags.task_name is not None and flags.task_file is not None:
         raise UserError("give only one of --task_name and --task_file")
     if flags.data_dir is not None and flags.task_name is None and flags.task_file is None:
-        raise UserError("--data_dir needs --task_name or --task_file, which say what is in it")
+        raise UserError("--data_dir needs --task_name or --task_file")
     if flags.text_b is not None and flags.text is None:
         raise UserError("--text_b is the second text of a pair; give --text too")
     return flags
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Loads, repeats, compares, prints."""
-    flags = flags_of(arguments)
+    """Run the model on the texts 20 times, compare the logits, print the predictions."""
+    flags = parse_flags(arguments)
     task = (
         read_task_file(flags.task_file) if flags.task_file else find_task(flags.task_name) if flags.task_name else None
     )
@@ -166,10 +170,10 @@ def main(arguments: Sequence[str]) -> None:
     first = logits_of(loaded, batch)
     for repetition in range(2, REPETITIONS + 1):
         if not torch.equal(logits_of(loaded, batch), first):
-            sys.exit(f"demo.py: repetition {repetition} gave other logits than the first; on the CPU it must not")
+            sys.exit(f"demo.py: repetition {repetition} gave other logits than the first")
 
     if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that has not all letters ends no demo
+        sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may lack characters
     print(aligned(table(task, first, examples, labelled)))
     print(f"the logits were the same, bit for bit, in all {REPETITIONS} repetitions")
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Shows a student at work: the same sentences twenty times, with equal logits each time.
+# Prints the predictions of a student for some sentences, and checks that its logits are the same 20 times.
 #     bash ./test/demo.sh --text "A film to remember."
 set -euo pipefail
 source "$(dirname "$0")/common.sh"

@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# A task from beginning to end: fine-tunes a teacher, takes a student through both stages, evaluates both, shows
-# the student at work. Any task of GLUE, or your own:
+# All stages of a task: fine-tunes a teacher, distils a student in both stages, evaluates both, and prints predictions
+# of the student. For any GLUE task, or your own:
 #     TASK_NAME=RTE bash test/pipeline.sh
 #     TASK_FILE=reviews.json BERT_MODEL=my_bert STUDENT_MODEL=my_student bash test/pipeline.sh --amp
-# What a part has made is kept: run again, after a stop too, it goes on with the first part that is not done. Flags
-# that follow the script's name go to training and evaluation (task_distill.py --help). With RESUME=1 that part goes
-# on from where it was stopped.
+# A later run starts with the first part that is not finished; with RESUME=1 it continues that part's training. Flags
+# after the script's name go to training and evaluation (task_distill.py --help).
 #
 #   TASK_NAME, TASK_FILE  one of them
-#   DATA_DIR              glue_dir/TASK_NAME, or TASK_FILE's folder
-#   BERT_MODEL            bert_base_uncased: what the teacher is made from
-#   TEACHER_MODEL         a teacher that is there already; then none is made
-#   STUDENT_MODEL         general_tinybert
-#   WORK_DIR              pipeline/TASK_NAME (in capitals), or TASK_FILE's name: all that is made; folders in it belong to this script
-#   AUG_TRAIN=1           both stages train on the augmented file
-#   TEACHER_EPOCHS, EPOCHS, PRED_EPOCHS, MAX_SEQ_LENGTH    the task's own where not given
+#   DATA_DIR              default: glue_dir/TASK_NAME, or the folder of TASK_FILE
+#   BERT_MODEL            encoder from which the teacher is fine-tuned (default: bert_base_uncased)
+#   TEACHER_MODEL         an existing teacher, instead of fine-tuning one
+#   STUDENT_MODEL         default: general_tinybert
+#   WORK_DIR              folder of all outputs, for this script only (default: pipeline/TASK_NAME in capitals, or
+#                         pipeline/ and the name of TASK_FILE)
+#   AUG_TRAIN=1           train both stages on train_aug.tsv
+#   TEACHER_EPOCHS, EPOCHS, PRED_EPOCHS, MAX_SEQ_LENGTH    default: the task's
 #   BATCH_SIZE, LEARNING_RATE (of the prediction stage and the teacher), EVAL_STEP, DEVICE, DEVICE_LIST
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
@@ -29,32 +29,32 @@ for flag in "$@"; do
     case "${flag%%=*}" in
         --task_name | --task_file | --data_dir | --teacher_model | --student_model | --output_dir | --fps_acc_dir | \
             --max_seq_length | --device | --device_list | --seed | --aug_train | --do_lower_case | --pred_distill | --do_*)
-            fail "${flag%%=*} is not for all parts: the variables at the head of this script set it" ;;
+            fail "${flag%%=*} is not for all parts: use the variables at the top of this script" ;;
     esac
 done
 if [ -n "${TASK_NAME:-}" ] && [ -n "${TASK_FILE:-}" ]; then fail "give only one of TASK_NAME and TASK_FILE"; fi
 if [ -n "${TASK_NAME:-}" ]; then
     name="$TASK_NAME"
     folder="$name"
-    case "${name,,}" in *-mm) folder="${name::-3}" ;; esac # both of MNLI's sets lie in one folder
-    for other in glue_dir/*; do # a task is named in any case
+    case "${name,,}" in *-mm) folder="${name::-3}" ;; esac # both dev sets of MNLI are in one folder
+    for other in glue_dir/*; do # a task's name in upper or lower case
         if [ "${other,,}" = "glue_dir/${folder,,}" ]; then folder="${other#glue_dir/}"; fi
     done
-    name="${name^^}" # one work folder, however the task is written
+    name="${name^^}" # one work folder for all spellings
     task=(--task_name "$TASK_NAME" --data_dir "${DATA_DIR:-glue_dir/$folder}")
 elif [ -n "${TASK_FILE:-}" ]; then
     name="$(basename "${TASK_FILE%.*}")"
     task=(--task_file "$TASK_FILE")
     if [ -n "${DATA_DIR:-}" ]; then task+=(--data_dir "$DATA_DIR"); fi
 else
-    fail "give TASK_NAME, a task of GLUE, or TASK_FILE, the description of your own (README)"
+    fail "give TASK_NAME, a task of GLUE, or TASK_FILE, the JSON file of your own task (README)"
 fi
 work="${WORK_DIR:-pipeline/$name}"
 student_start="${STUDENT_MODEL:-general_tinybert}"
 teacher="${TEACHER_MODEL:-$work/teacher}"
 parts=(teacher intermediate student evaluation)
 
-# Without DO_LOWER_CASE the models' own files tell their case.
+# Without DO_LOWER_CASE, the models' own files decide.
 case_flags=()
 if [ "${DO_LOWER_CASE:-0}" != 0 ]; then case_flags=(--do_lower_case); fi
 reads=("${task[@]}" ${case_flags[@]+"${case_flags[@]}"})
@@ -66,11 +66,11 @@ if [ -n "${EVAL_STEP:-}" ]; then trains+=(--eval_step "$EVAL_STEP"); fi
 distils=("${trains[@]}")
 if [ "${AUG_TRAIN:-0}" != 0 ]; then distils+=(--aug_train); fi
 
-epochs() { # the flag for a number of epochs, where one is given
+epochs() { # prints the flag for a number of epochs, if one is given
     if [ -n "$1" ]; then printf '%s\n' --num_train_epochs "$1"; fi
 }
 
-# Runs a part unless its mark says that it is done; then it marks it, and forgets that later parts were done.
+# Runs a part unless its file PART.done exists; then writes that file, and removes those of later parts.
 part() {
     local part="$1" title="$2" mark="$work/$1.done"
     shift 2
@@ -80,7 +80,7 @@ part() {
         if [ "$(cat "$mark")" = "$*" ]; then
             echo "done already: $work/$part"
         else
-            echo "done already, but with other settings: $work/$part is kept. To make it anew: rm $mark"
+            echo "done already, but with other settings: $work/$part is kept. To repeat it: rm $mark"
         fi
         return
     fi
@@ -111,7 +111,7 @@ if [ -d "$work" ] && [ -n "$(ls -A "$work")" ] && [ ! -f "$work/made_by_pipeline
 fi
 mkdir -p "$work"
 if [ ! -f "$work/made_by_pipeline" ]; then touch "$work/made_by_pipeline"; fi
-leave_nothing_empty() { # a mistake that the first part tells leaves no folder behind
+leave_nothing_empty() { # an error in the first part leaves no folder
     if [ "$(ls -A "$work")" = made_by_pipeline ]; then rm "$work/made_by_pipeline" && rmdir "$work"; fi
 }
 trap leave_nothing_empty EXIT
@@ -136,7 +136,7 @@ part student "prediction-layer distillation" \
 part evaluation "evaluation of teacher and student" evaluate "$teacher" "$work/student" "$@"
 
 echo
-echo "=== the student at work, on rows of the dev file"
+echo "=== predictions of the student for rows of the dev file"
 "$PYTHON" test/demo.py --model "$work/student" "${reads[@]}"
 "$PYTHON" test/results_table.py --log "$work/output/metrics.jsonl" "the teacher=$teacher" "the student=$work/student"
-echo "Judged on the dev files, the first of which also chose the checkpoints. The student is in $work/student."
+echo "The figures are of the dev files; the first one also selected the checkpoints. The student is in $work/student."

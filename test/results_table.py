@@ -1,9 +1,8 @@
-"""Command: what models are worth, as a table, from the evaluations in a metrics.jsonl.
+"""Command: print a table of model sizes, metrics and speeds from the evaluations in a metrics.jsonl.
 
     python test/results_table.py --log quickstart/output/metrics.jsonl "the teacher=quickstart/teacher" …
 
-Each argument names a row, and the folder of the model. Of a model that was evaluated several times the
-last evaluation counts; one judged on several files has a row for each.
+Each argument is the name of a row and the folder of a model. The table has the model's last evaluation on each file.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ NOT_METRICS = ("time", "run", "event", "file", "model", "parameters", "fps", "ev
 
 
 def last_evaluations(log: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """The last evaluation of each model, by its folder as it was given, on each file.
+    """Return the last evaluations: model folder -> file -> event.
 
     Raises:
         UserError: the log cannot be read.
@@ -41,7 +40,7 @@ def last_evaluations(log: Path) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def table(rows: Sequence[tuple[str, dict[str, Any]]]) -> str:
-    """Parameters in millions, the metrics (accuracy in percent), examples evaluated per second."""
+    """Return the table: parameters in millions, metrics (accuracy in percent), evaluated examples per second."""
     metrics = [name for name in rows[0][1] if name not in NOT_METRICS]
     several = len({event["file"] for _, event in rows}) > 1
     headings = ["accuracy" if name == "acc" else name for name in metrics]
@@ -51,7 +50,7 @@ def table(rows: Sequence[tuple[str, dict[str, Any]]]) -> str:
         size = f"{event['parameters'] / 1e6:.1f} M"
         cells.append([title, *([event["file"]] if several else []), size, *values, f"{event['fps']:.0f}"])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    texts = 2 if several else 1  # columns of words, which begin at the left
+    texts = 2 if several else 1  # left-aligned columns
     return "\n".join(
         "  ".join(f"{c:{w}}" if n < texts else f"{c:>{w}}" for n, (c, w) in enumerate(zip(row, widths, strict=True)))
         for row in cells
@@ -59,7 +58,7 @@ def table(rows: Sequence[tuple[str, dict[str, Any]]]) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Prints the table."""
+    """Print the table."""
     parser = OneLineParser(prog="results_table.py", description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument("--log", type=Path, required=True, help="a metrics.jsonl")
     parser.add_argument("rows", nargs="+", metavar="NAME=FOLDER")
@@ -69,7 +68,7 @@ def main(arguments: Sequence[str]) -> None:
     for row in flags.rows:
         name, _, folder = row.rpartition("=")
         if str(Path(folder)) not in evaluations:
-            raise UserError(f"{flags.log}: holds no evaluation of {folder}")
+            raise UserError(f"{flags.log}: has no evaluation of {folder}")
         rows += [(name, event) for event in evaluations[str(Path(folder))].values()]
     print(f"\n{table(rows)}\n")
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole 8p chain with eight processes on the CPU, on a tiny generated case: it shows that the scripts work
-# together. The logs are left in output/; models and data go when it ends.
+# Runs all 8p scripts, one after another, with eight processes on the CPU and a tiny generated case. The logs are kept
+# in output/; models and data are deleted at the end.
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Transfer learning: both stages of distillation on MNLI with one device, from a student of any task.
-# A classifier that tells another number of labels apart begins anew. Further flags go to both stages: so the
-# folders are given by INTERMEDIATE_DIR and OUTPUT_DIR, not by --output_dir.
+# A classifier with another number of outputs is replaced. Flags go to both stages, so set the folders with
+# INTERMEDIATE_DIR and OUTPUT_DIR, not with --output_dir.
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 source test/env_npu_1p.sh
@@ -11,7 +11,7 @@ teacher_model="${TEACHER_MODEL:-bert_base_uncased_ft_mnli}"
 intermediate_dir="${INTERMEDIATE_DIR:-tmp_tinybert_finetune}"
 output_dir="${OUTPUT_DIR:-TinyBERT_dir_finetune}"
 
-# The second stage's folder is looked at now, not when the first stage has taken its hours.
+# Check the second stage's folder now, not hours later.
 if [ "${OVERWRITE_OUTPUT_DIR:-0}" = 0 ] && [ "${RESUME:-0}" = 0 ] && [ -n "$(ls -A "$output_dir" 2>/dev/null)" ]; then
     echo "train_finetune_1p.sh: error: $output_dir is not empty; give another OUTPUT_DIR, or OVERWRITE_OUTPUT_DIR=1" >&2
     exit 2

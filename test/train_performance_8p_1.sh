@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Intermediate-layer distillation on SST-2 with eight devices (on the CPU: eight processes), to measure speed: stops after 1000 steps.
+# Measures the speed of intermediate-layer distillation on SST-2 with eight devices (CPU: eight processes); 1000 steps.
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 source test/env_npu_8p.sh

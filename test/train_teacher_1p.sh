@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes a teacher: fine-tunes BERT-base on the labels of SST-2 or, with TASK_NAME=MNLI, of MNLI.
+# Fine-tunes a teacher: BERT-base on the labels of SST-2 or, with TASK_NAME=MNLI, of MNLI.
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 source test/env_npu_1p.sh

@@ -1,11 +1,10 @@
 #!/usr/bin/env bash
-# Two machines, as torchrun sees them: two network namespaces joined by a cable (a veth pair), each with an
-# address of its own, one process of the run in each. The weights must equal those that two processes on
-# one machine make. Needs root and iproute2; it shows README's command for several machines at work.
+# Tests README's command for several machines: two network namespaces, connected by a veth pair, each with one process
+# of the run. The weights must equal those of two processes on one machine. Needs root and iproute2.
 #
-#   bash test/two_machines.sh          # on a tiny generated case
+#   bash test/two_machines.sh          # with a tiny generated case
 #
-# DATA_DIR, TEACHER_MODEL, STUDENT_MODEL: a case of your own. MAX_SEQ_LENGTH, EPOCHS.
+# DATA_DIR, TEACHER_MODEL, STUDENT_MODEL for your own data and models; MAX_SEQ_LENGTH, EPOCHS.
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 
@@ -42,7 +41,7 @@ flags=(main.py
     --fps_acc_dir "$work/output" --device cpu "${switches[@]}")
 export OMP_NUM_THREADS=1
 
-# README's command, on each machine with its own --node_rank. GLOO_SOCKET_IFNAME names the network device.
+# README's command, with --node_rank of each machine. GLOO_SOCKET_IFNAME is the network device.
 for rank in 0 1; do
     machine=$first
     if [ "$rank" = 1 ]; then machine=$second; fi
@@ -63,6 +62,6 @@ import torch
 
 two, one = (torch.load(f"{folder}/pytorch_model.bin", weights_only=True) for folder in sys.argv[1:])
 difference = max(float((two[key] - one[key]).abs().max()) for key in one)
-print(f"two machines against two processes on one: the largest difference of a weight is {difference:g}")
+print(f"two machines and two processes on one: the largest difference of a weight is {difference:g}")
 sys.exit(difference > 1e-6)
 END

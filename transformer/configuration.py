@@ -1,7 +1,6 @@
-"""The shape of a BERT model, as its config.json records it.
+"""The configuration of a BERT model: config.json, read and written.
 
-Keys that this project does not know are kept and written back, so that a folder from elsewhere
-loses nothing by passing through here.
+Keys that this project does not know are kept and written back.
 """
 
 from __future__ import annotations
@@ -14,17 +13,16 @@ from typing import Any
 
 from transformer.errors import UserError
 from transformer.file_utils import CONFIG_NAME
-from transformer.saving import settle_to_read
+from transformer.layers import ACTIVATIONS
 from transformer.untrusted import read_limited
 
-ACTIVATIONS = ("gelu", "gelu_new", "relu", "silu", "swish", "tanh")
-# A classifier of this architecture reads the pooled output itself; the original TinyBERT's, and so any
-# other name or none, reads relu(pooled output).
+# A classifier of this architecture reads the pooled output; that of any other or of none reads relu(pooled output), as
+# the original TinyBERT's does.
 LINEAR_HEAD_ARCHITECTURE = "BertForSequenceClassification"
 RELU_HEAD_ARCHITECTURE = "TinyBertForSequenceClassification"
 
-# The sizes and the most that they may be: far beyond any BERT's, and little enough that the model's outline, which is
-# made before the weights are looked at, takes no memory to speak of.
+# The largest size allowed: far beyond any BERT's, but small enough that building the model on the meta device, before
+# its weights are checked, takes little memory.
 _SIZES = {
     "vocab_size": 10_000_000,
     "hidden_size": 1_000_000,
@@ -35,51 +33,45 @@ _SIZES = {
     "type_vocab_size": 1_000_000,
 }
 _MOST_BYTES = 16 * 2**20  # of config.json
-_DEEPEST = 50  # lists and objects in one another
+_DEEPEST = 50  # levels of nested lists and objects
 
 
-class _Unusable(Exception):
-    """What is JSON, and of no use in a config."""
+def _reject_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise ValueError(f"the key {reprlib.repr(key)} occurs twice")
+        values[key] = value
+    return values
+
+
+def _reject_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a number in JSON")
+
+
+def _depth(values: Any) -> int:
+    """Return how many lists and objects are nested at most."""
+    inner = values.values() if isinstance(values, dict) else values if isinstance(values, list) else ()
+    return isinstance(values, (dict, list)) + max(map(_depth, inner), default=0)
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        repeated = next(key for index, (key, _) in enumerate(pairs) if any(key == k for k, _ in pairs[:index]))
-        raise _Unusable(f"{reprlib.repr(repeated)} stands twice in it")
-    return values
-
-
-def _no_number(name: str) -> float:
-    raise _Unusable(f"holds {name}, which is no number in JSON")
-
-
-def _check_can_be_written(values: Any) -> None:
-    """A config is written beside the trained model: what could not be is told before the training. Raises _Unusable."""
-    level = [values]
-    for _ in range(_DEEPEST):
-        level = [
-            inner
-            for value in level
-            for inner in (value.values() if isinstance(value, dict) else value if isinstance(value, list) else ())
-        ]
-    if level:
-        raise _Unusable(f"holds more than {_DEEPEST} lists and objects in one another")
-    try:
-        json.dumps(values, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        raise _Unusable("holds half of a character (a lone surrogate)") from None
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass
 class BertConfig:
-    """Sizes and rates of a BERT model; the defaults are BERT-base's.
+    """Sizes and dropout rates of a BERT model; the defaults are BERT-base's.
 
-    Raises UserError where a value cannot make a model: `source` names the file in the message.
+    extra: keys of config.json that are not known here.
+    source: the file that messages name.
+
+    Raises:
+        UserError: a value is out of range.
     """
 
     vocab_size: int = 30522
@@ -103,55 +95,50 @@ class BertConfig:
     def __post_init__(self) -> None:
         for name, most in _SIZES.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UserError(f"{self.source}: {name} is {reprlib.repr(value)}, expected a whole number above 0")
+            if not _is_whole(value) or value < 1:
+                raise self._error(name, "a whole number above 0")
             if value > most:
-                raise UserError(f"{self.source}: {name} is {reprlib.repr(value)}, expected {most} at most")
+                raise self._error(name, f"{most} at most")
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             value = getattr(self, name)
             if not _is_number(value) or not 0 <= value < 1:
-                raise UserError(f"{self.source}: {name} is {reprlib.repr(value)}, expected a number from 0 to below 1")
+                raise self._error(name, "a number from 0 to below 1")
         for name in ("initializer_range", "layer_norm_eps"):
             value = getattr(self, name)
             if not _is_number(value) or not 0 < value < 1e6:
-                raise UserError(f"{self.source}: {name} is {reprlib.repr(value)}, expected a number above 0")
-        pad = self.pad_token_id
-        if not isinstance(pad, int) or isinstance(pad, bool) or not 0 <= pad < self.vocab_size:
-            raise UserError(f"{self.source}: pad_token_id is {reprlib.repr(pad)}, not an id of the vocabulary")
-        if self.hidden_act not in ACTIVATIONS:
-            known = ", ".join(ACTIVATIONS)
-            raise UserError(f"{self.source}: hidden_act is {reprlib.repr(self.hidden_act)}, expected one of {known}")
+                raise self._error(name, "a number above 0")
+        if not _is_whole(self.pad_token_id) or not 0 <= self.pad_token_id < self.vocab_size:
+            raise self._error("pad_token_id", "an id of the vocabulary")
+        if self.hidden_act not in list(ACTIVATIONS):
+            raise self._error("hidden_act", f"one of {', '.join(ACTIVATIONS)}")
         if self.hidden_size % self.num_attention_heads:
-            raise UserError(
-                f"{self.source}: hidden_size {self.hidden_size} is no multiple of "
-                f"num_attention_heads {self.num_attention_heads}"
-            )
+            raise self._error("hidden_size", f"a multiple of num_attention_heads {self.num_attention_heads}")
+
+    def _error(self, name: str, expected: str) -> UserError:
+        return UserError(f"{self.source}: {name} is {reprlib.repr(getattr(self, name))}, expected {expected}")
 
     @property
     def relu_head(self) -> bool:
-        """Whether the classifier reads relu(pooled output), as the original TinyBERT's does."""
+        """Return whether the classifier reads relu(pooled output), as the original TinyBERT's does."""
         return LINEAR_HEAD_ARCHITECTURE not in self.architectures
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "config") -> BertConfig:
-        """Builds a config from a config.json's content.
+        """Build a config from the content of config.json.
 
         Raises:
-            UserError: a value is of the wrong kind, or this is no absolute-position BERT.
+            UserError: a value has the wrong type, or the model is no BERT with absolute positions.
         """
         values = dict(values)
         if values.get("position_embedding_type", "absolute") != "absolute":
-            kind = values["position_embedding_type"]
-            raise UserError(
-                f"{source}: position_embedding_type {reprlib.repr(kind)} is not supported, only 'absolute' is"
-            )
+            found = reprlib.repr(values["position_embedding_type"])
+            raise UserError(f"{source}: position_embedding_type is {found}; only 'absolute' is supported")
         if values.get("model_type", "bert") != "bert":
-            raise UserError(
-                f"{source}: model_type is {reprlib.repr(values['model_type'])}; only 'bert' models can be used"
-            )
+            found = reprlib.repr(values["model_type"])
+            raise UserError(f"{source}: model_type is {found}; only 'bert' is supported")
         values.pop("model_type", None)
-        # What id2label says, and it may change; and the type of the weights that were read, not of those that are
-        # written: `transformers` would load ours in it.
+        # label2id and the like follow from id2label, which may change. dtype is that of the weights that were read;
+        # `transformers` would load the fp32 weights written here in it.
         for name in ("label2id", "num_labels", "finetuning_task", "dtype", "torch_dtype"):
             values.pop(name, None)
         if values.get("pad_token_id", 0) is None:
@@ -161,9 +148,9 @@ class BertConfig:
         try:
             id2label = {int(index): str(name) for index, name in id2label.items()}
         except (AttributeError, TypeError, ValueError):
-            raise UserError(f"{source}: id2label is no map of label numbers to names") from None
+            raise UserError(f"{source}: id2label is not a map of label numbers to names") from None
         if not isinstance(architectures, list):
-            raise UserError(f"{source}: architectures is no list")
+            raise UserError(f"{source}: architectures is not a list")
         known = {f.name for f in fields(cls)} - {"extra", "source", "id2label", "architectures"}
         return cls(
             **{name: value for name, value in values.items() if name in known},
@@ -175,34 +162,33 @@ class BertConfig:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> BertConfig:
-        """Reads FOLDER/config.json.
+        """Read FOLDER/config.json.
 
         Raises:
-            UserError: there is no such file, or it is no JSON object that describes a BERT.
+            UserError: the file is missing or unreadable, or is no JSON object that describes a BERT.
         """
         path = Path(folder) / CONFIG_NAME
-        settle_to_read(path.parent)
         try:
             values = json.loads(
                 read_limited(path, _MOST_BYTES).decode("utf-8"),
-                object_pairs_hook=_without_repeats,
-                parse_constant=_no_number,
+                object_pairs_hook=_reject_repeated_keys,
+                parse_constant=_reject_constant,
             )
-            _check_can_be_written(values)
+            if _depth(values) > _DEEPEST:
+                raise ValueError(f"more than {_DEEPEST} lists and objects are nested")
+            json.dumps(values, ensure_ascii=False).encode("utf-8")  # the trained model's config.json has these values
         except FileNotFoundError:
-            raise UserError(f"{path}: not found; a model's folder holds {CONFIG_NAME}, weights and vocab.txt") from None
+            raise UserError(f"{path}: not found; a model folder has {CONFIG_NAME}, weights and vocab.txt") from None
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-        except _Unusable as error:
-            raise UserError(f"{path}: {error}") from None
-        except (ValueError, RecursionError):
-            raise UserError(f"{path}: is no valid JSON") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: is not valid JSON ({error})") from None
         if not isinstance(values, dict):
             raise UserError(f"{path}: expected a JSON object")
         return cls.from_dict(values, source=str(path))
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of config.json, with the keys that were read and are not known here."""
+        """Return the content of config.json, unknown keys included."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("extra", "source")}
         labels = own.pop("id2label")
         if labels:
@@ -211,5 +197,5 @@ class BertConfig:
         return {"model_type": "bert", **own, **self.extra}
 
     def to_json(self) -> bytes:
-        """config.json, as a file."""
+        """Return config.json as bytes."""
         return (json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n").encode("utf-8")

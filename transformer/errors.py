@@ -1,29 +1,29 @@
-"""The one exception for mistakes that a user can mend, and how text that is not ours is shown.
+"""The exception for a user's mistakes, and functions that make foreign text safe to print.
 
-The entries (`main.py` and the commands beside it) print its message as one line and exit with
-status 2. Whatever else is raised is this project's own fault and keeps its traceback.
+The commands print a UserError as one line and exit with status 2. Every other exception is a fault of this project and
+keeps its traceback.
 """
 
 from __future__ import annotations
 
 import re
 
-_MOST_CHARACTERS = 2000  # of a message: what it quotes may be as long as a file
-# What a terminal acts on instead of showing it: control characters, which begin its commands, marks that turn the
-# direction of writing around; and what ends a line or cannot be encoded (halves of a character).
-_UNSHOWABLE = re.compile("[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_MOST_CHARACTERS = 2000  # of a message: it may quote a whole file
+# Characters that control a terminal: control characters and marks of writing direction; line separators; and lone
+# surrogates, which cannot be encoded.
+_UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
-    """A text in which nothing acts on the terminal that shows it: `\\x1b` in place of the character escape.
+    """Return the text with characters that control a terminal escaped, such as `\\x1b`.
 
-    Texts, labels and names of files come from strangers; whatever a message or a log quotes goes through here.
+    Texts, labels and file names may come from strangers; messages and logs quote them through this function.
     """
-    return _UNSHOWABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def one_line(text: str) -> str:
-    """The same as `printable`, where line breaks and tabs are but spaces; of a very long text, beginning and end."""
+    """Return the printable text on one line: line breaks and tabs become spaces, a long text loses its middle."""
     if len(text) > _MOST_CHARACTERS:
         half = _MOST_CHARACTERS // 2
         text = f"{text[:half]} … {text[-half:]}"
@@ -31,7 +31,7 @@ def one_line(text: str) -> str:
 
 
 class UserError(Exception):
-    """A mistake in the flags or files that were given: what is wrong, where, and what to do."""
+    """A mistake in the given flags or files; its message tells what is wrong, where, and what to do."""
 
     def __str__(self) -> str:
         return one_line(super().__str__())

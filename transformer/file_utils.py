@@ -1,64 +1,52 @@
-"""The files of a model's folder: their names, and reading weights in every known form; `saving.py` writes them.
+"""The files of a model's folder: their names, reading weights in every known form, and atomic writes.
 
-Reading executes nothing: safetensors, or pickles through `weights_only`.
+Reading executes no code: safetensors, or pickles through `weights_only`. Writing replaces a file by one rename, so
+that a kill at any moment leaves the old content or the new one, whole. Readers never write.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
+import os
 import re
+import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from transformer.errors import UserError
-from transformer.saving import (
-    CONFIG_NAME,
-    SAFETENSORS_NAME,
-    TOKENIZER_CONFIG_NAME,
-    VOCAB_NAME,
-    WEIGHTS_NAME,
-    settle_to_read,
-    write_atomically,
-    write_together,
-    write_weights,
-)
 from transformer.untrusted import OtherObjects, check_pickled, check_tensors
 
-__all__ = [
-    "CONFIG_NAME",
-    "SAFETENSORS_NAME",
-    "TOKENIZER_CONFIG_NAME",
-    "VOCAB_NAME",
-    "WEIGHTS_NAME",
-    "read_weights",
-    "write_atomically",
-    "write_together",
-    "write_weights",
-]
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "pytorch_model.bin"
+SAFETENSORS_NAME = "model.safetensors"
+VOCAB_NAME = "vocab.txt"
+TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
+MODEL_FILES = (VOCAB_NAME, TOKENIZER_CONFIG_NAME, CONFIG_NAME, WEIGHTS_NAME)
 
-# TensorFlow-born files call a LayerNorm's weight and bias gamma and beta.
+# TensorFlow-born files name a LayerNorm's weight and bias gamma and beta.
 _OLD_LAYER_NORM_NAMES = ((re.compile(r"\.gamma$"), ".weight"), (re.compile(r"\.beta$"), ".bias"))
-
-_WRAPPER = "module."
+_DDP_PREFIX = "module."
+_TEMPORARY_NAME = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}\.tmp")
 
 
 def read_weights(folder: str | Path) -> dict[str, torch.Tensor]:
-    """Reads a model's tensors, by today's names: model.safetensors where there is one, else pytorch_model.bin.
+    """Read a model's tensors under today's names, from model.safetensors if it exists, else pytorch_model.bin.
 
-    LayerNorm's gamma and beta become weight and bias, the constant `position_ids` is left out, and so is `module.`
-    in front of every key, from DistributedDataParallel.
+    LayerNorm's gamma and beta become weight and bias; the constant `position_ids` is left out, and so is the prefix
+    `module.` of DistributedDataParallel where every key has it.
 
     Raises:
-        UserError: no weights in the folder, or a file that is broken or holds more than tensors.
+        UserError: the folder has no weights, or the file is broken or holds more than tensors.
     """
     folder = Path(folder)
-    settle_to_read(folder)
     safetensors, pickled = folder / SAFETENSORS_NAME, folder / WEIGHTS_NAME
     if safetensors.is_file():
         path = safetensors
@@ -73,45 +61,50 @@ def read_weights(folder: str | Path) -> dict[str, torch.Tensor]:
         raise UserError(f"{folder}: has no weights; expected {SAFETENSORS_NAME} or {WEIGHTS_NAME}")
     for key, tensor in weights.items():
         if tensor.layout != torch.strided or tensor.is_complex() or tensor.is_quantized:
-            raise UserError(f"{path}: {key} is a {str(tensor.layout)[6:]} tensor of {str(tensor.dtype)[6:]}, no weight")
+            raise UserError(
+                f"{path}: {key} is a {str(tensor.layout)[6:]} tensor of type {str(tensor.dtype)[6:]}; weights are "
+                "dense and real"
+            )
+    if all(key.startswith(_DDP_PREFIX) for key in weights):
+        weights = {key.removeprefix(_DDP_PREFIX): tensor for key, tensor in weights.items()}
     return {
-        _current_name(key): tensor
-        for key, tensor in _without_wrapper(weights).items()
-        if not key.endswith("embeddings.position_ids")
+        _current_name(key): tensor for key, tensor in weights.items() if not key.endswith("embeddings.position_ids")
     }
 
 
 def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is wrong with a file is told by the error
+            warnings.simplefilter("ignore")  # the error names what is wrong with the file
             check_pickled(path)
-            outline = _bare(torch.load(path, map_location="meta", weights_only=True))  # without values
+            outline = _plain(torch.load(path, map_location="meta", weights_only=True))  # without values
             if isinstance(outline, Mapping):
                 check_tensors(outline, path.stat().st_size)
-            weights = _bare(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # a broken pickle can raise any
-        otherwise = ""
+            weights = _plain(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # a broken pickle can raise any exception
+        advice = ""
         if isinstance(error, OtherObjects):
-            otherwise = f"; where you trust it, save its tensors alone by safetensors' save_file, as {SAFETENSORS_NAME}"
+            advice = (
+                f"; if you trust the file, save only its tensors with safetensors' save_file, as {SAFETENSORS_NAME}"
+            )
         raise UserError(
             f"{path}: cannot be read as a dictionary of tensors ({_first_line(error)}); "
-            f"a file that holds other objects is refused, since loading it could run code{otherwise}"
+            f"a file that holds other objects is refused, since loading it could run code{advice}"
         ) from None
     if not isinstance(weights, Mapping) or not all(isinstance(t, torch.Tensor) for t in weights.values()):
         raise UserError(f"{path}: holds no dictionary of tensors{_inner_dictionary(weights)}")
     return {str(key): tensor for key, tensor in weights.items()}
 
 
-def _bare(value: Any) -> Any:
-    """What was pickled, without attributes that a file may give parameters and dictionaries: they hide methods."""
+def _plain(value: Any) -> Any:
+    """Return what was pickled without extra attributes, which can hide the methods of dictionaries and tensors."""
     if isinstance(value, dict):
-        return {key: _bare(part) for key, part in dict.items(value)}
+        return {key: _plain(part) for key, part in dict.items(value)}
     return torch.Tensor.detach(value) if isinstance(value, torch.Tensor) else value
 
 
 def _inner_dictionary(content: object) -> str:
-    """What to do about a checkpoint that has its tensors one dictionary further in; nothing where it has none."""
+    """Return advice for a checkpoint whose tensors lie one dictionary deeper; "" for any other content."""
     if not isinstance(content, Mapping):
         return ""
     inner = [str(key) for key, value in content.items() if isinstance(value, Mapping)]
@@ -122,13 +115,6 @@ def _inner_dictionary(content: object) -> str:
     return f" but {names}; save the inner dictionary, {chosen[:60]!r}, alone as {WEIGHTS_NAME}"
 
 
-def _without_wrapper(weights: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-    """The tensors by the model's own keys, where DistributedDataParallel has put `module.` before all of them."""
-    if not all(key.startswith(_WRAPPER) for key in weights):
-        return weights
-    return {key.removeprefix(_WRAPPER): tensor for key, tensor in weights.items()}
-
-
 def _current_name(key: str) -> str:
     for pattern, replacement in _OLD_LAYER_NORM_NAMES:
         key = pattern.sub(replacement, key)
@@ -137,3 +123,180 @@ def _current_name(key: str) -> str:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def write_weights(
+    folder: Path, weights: Mapping[str, torch.Tensor], others: Mapping[str, bytes] | None = None
+) -> dict[str, str]:
+    """Write a model's tensors as pytorch_model.bin, and the small files beside it (`write_model`)."""
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
+    return write_model(folder, lambda file: save_tensors(tensors, file), others or {})
+
+
+def write_model(folder: Path, write: Callable[[BinaryIO], object], others: Mapping[str, bytes]) -> dict[str, str]:
+    """Write pytorch_model.bin and the small files beside it; return the SHA-256 of each by its name.
+
+    All files are on the disk under temporary names before one of them takes its name; the weights are the last. Small
+    files that are the same already, as in every save of a run but its first, are left alone. Where they differ, the
+    folder holds another model: its weights are removed before its configuration changes, so that no moment mixes the
+    two.
+
+    Args:
+        folder: exists; no other process writes there.
+        write: is called with the open temporary file of the weights.
+        others: the contents of the other `MODEL_FILES`, by name.
+
+    Raises:
+        OSError: a file cannot be written; the older model is untouched.
+    """
+
+    def remove_old_weights() -> None:
+        for name in (WEIGHTS_NAME, SAFETENSORS_NAME):
+            (folder / name).unlink(missing_ok=True)
+        _sync_folder(folder)
+
+    remove_temporary_files(folder, MODEL_FILES)
+    digest = hashlib.sha256()
+    changed = {name: content for name, content in others.items() if not _has_content(folder / name, content)}
+    writers: dict[str, Callable[[BinaryIO], object]] = {name: _writer(content) for name, content in changed.items()}
+    writers[WEIGHTS_NAME] = lambda file: write(HashingWriter(file, digest))  # type: ignore[arg-type]
+    write_together(folder, writers, remove_old_weights if changed else lambda: None)
+    (folder / SAFETENSORS_NAME).unlink(missing_ok=True)  # readers would prefer it to the new weights
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in others.items()}
+    return {**digests, WEIGHTS_NAME: digest.hexdigest()}
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Replace or make a file so that a kill at any moment leaves the old content or the new one, whole.
+
+    Args:
+        path: its folder exists.
+        write: is called with the open temporary file.
+
+    Raises:
+        OSError: the file cannot be written; the old one is untouched and no temporary file stays.
+    """
+    write_together(path.parent, {path.name: write})
+
+
+def write_together(
+    folder: Path, writers: Mapping[str, Callable[[BinaryIO], object]], before: Callable[[], object] = lambda: None
+) -> None:
+    """Write files of one folder; rename them, in the order given, once all of them are on the disk.
+
+    Args:
+        folder: exists.
+        writers: by file name, the function that is called with the open temporary file.
+        before: is called once before the first file is renamed.
+
+    Raises:
+        OSError: a file cannot be written; the old ones are untouched and no temporary file stays.
+    """
+    temporary: dict[str, Path] = {}
+    try:
+        for name, write in writers.items():
+            temporary[name] = _write_temporary(folder / name, write)
+        before()
+        for name, path in temporary.items():
+            os.replace(path, folder / name)
+    except BaseException:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+        raise
+    _sync_folder(folder)
+
+
+def temporary_files(folder: Path, names: Iterable[str]) -> list[Path]:
+    """Return the temporary files that a kill left while one of these files was written."""
+    names = set(names)
+    return [
+        path
+        for path in folder.glob(".*.tmp")
+        if (match := _TEMPORARY_NAME.fullmatch(path.name)) and match["name"] in names
+    ]
+
+
+def remove_temporary_files(folder: Path, names: Iterable[str]) -> None:
+    """Remove the `temporary_files`; only for a folder in which no other process writes."""
+    for path in temporary_files(folder, names):
+        path.unlink(missing_ok=True)
+
+
+def save_tensors(content: Any, file: BinaryIO) -> None:
+    """Call torch.save; raise a full disk's OSError as it is, which torch turns into a RuntimeError.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    recorder = _ErrorRecorder(file)
+    try:
+        torch.save(content, recorder)  # type: ignore[arg-type]
+    except RuntimeError:
+        if recorder.error is None:
+            raise
+    if recorder.error is not None:
+        raise recorder.error
+
+
+def _write_temporary(path: Path, write: Callable[[BinaryIO], object]) -> Path:
+    """Write a temporary file beside `path`, and wait until it is on the disk."""
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())  # mkstemp makes files that only their owner may read
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    return Path(name)
+
+
+def _has_content(path: Path, content: bytes) -> bool:
+    return path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content
+
+
+def _writer(content: bytes) -> Callable[[BinaryIO], object]:
+    return lambda file: file.write(content)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+class HashingWriter(io.RawIOBase):
+    """Pass on what is written, and hash it."""
+
+    def __init__(self, file: BinaryIO, digest: Any) -> None:
+        self._file, self._digest = file, digest
+
+    def write(self, content: Any) -> int:
+        self._file.write(content)
+        self._digest.update(content)
+        return len(content)
+
+
+class _ErrorRecorder(io.RawIOBase):
+    """Pass on what is written, and keep the OSError if that fails."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        try:
+            return self._file.write(content)
+        except OSError as error:
+            self.error = error
+            raise

@@ -1,6 +1,6 @@
-"""BERT with its heads: masked language model, pre-training, and the TinyBERT models that learn from a teacher.
+"""BERT with heads: masked language model, pre-training, and TinyBERT's models with a projection to a teacher's size.
 
-What is here can be built, loaded and saved by itself:
+Each model can be built, loaded and saved by itself:
 
     model = TinyBertForSequenceClassification.from_pretrained("TinyBERT_dir")
     logits, attention_scores, hidden_states = model(input_ids, token_type_ids, attention_mask)
@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from transformer.configuration import LINEAR_HEAD_ARCHITECTURE, RELU_HEAD_ARCHITECTURE, BertConfig
 from transformer.file_utils import CONFIG_NAME, read_weights, write_weights
+from transformer.layers import ACTIVATIONS, LayerNorm
 from transformer.loading import (
     LoadReport,
     NoNewWeights,
@@ -29,7 +30,7 @@ from transformer.loading import (
     projection_size,
     with_encoder_prefix,
 )
-from transformer.modeling import BertModel, EncoderOutput, LayerNorm, activation
+from transformer.modeling import BertModel, EncoderOutput
 
 Model = TypeVar("Model", bound="PreTrainedModel")
 
@@ -39,7 +40,7 @@ _OUTPUT_BIAS = "cls.predictions.bias"
 
 
 class PreTrainedModel(nn.Module):
-    """What every model here shares: initialisation, loading and saving."""
+    """Base of all models here: an encoder with initialisation, loading and saving."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -47,12 +48,12 @@ class PreTrainedModel(nn.Module):
         self.bert = BertModel(config)
 
     def init_weights(self) -> None:
-        """Draws all weights from N(0, initializer_range²); biases are 0 and LayerNorm weights 1."""
+        """Draw all weights from N(0, initializer_range²); biases are 0 and LayerNorm weights 1."""
         self.apply(self._init_module)
 
     def _init_module(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear) and module.bias is None:
-            return  # the masked-LM decoder: its weights are the word embeddings, drawn once, with those
+            return  # the masked-LM decoder: its weights are the word embeddings, which are drawn only once
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         if isinstance(module, nn.Linear):
@@ -60,42 +61,42 @@ class PreTrainedModel(nn.Module):
 
     @classmethod
     def from_weights(cls: type[Model], config: BertConfig, weights: dict[str, Tensor]) -> Model:
-        """Builds the model whose parts the weights' keys show, its values not yet loaded."""
+        """Build the model that the weights' keys and shapes describe, without loading their values."""
         return cls(config)
 
     @classmethod
     def from_pretrained(cls: type[Model], folder: str | Path) -> Model:
-        """Loads FOLDER/config.json and its weights; parts that the file lacks keep their random start.
+        """Load FOLDER/config.json and the weights; heads that the file lacks keep random weights.
 
         Raises:
             UserError: a file is missing or broken, or the weights lack part of the encoder or do not fit it.
         """
         weights = read_weights(folder)
         config = BertConfig.from_pretrained(folder)
-        with torch.device("meta"), NoNewWeights():  # sizes that the weights lack are refused before they are made
+        with torch.device("meta"), NoNewWeights():  # wrong sizes are refused before memory is allocated for them
             check_weights(cls.from_weights(config, weights), with_encoder_prefix(weights), folder)
         model = cls.from_weights(config, weights)
         model.load(weights, folder)
         return model
 
     def load(self, weights: dict[str, Tensor], source: str | Path) -> LoadReport:
-        """Takes over the tensors that the model has; says which were missing and which not used."""
+        """Copy a checkpoint's tensors into the model; report missing and unexpected keys (see `load_weights`)."""
         return load_weights(self, weights, source)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes FOLDER/config.json and pytorch_model.bin, both or neither."""
+        """Write FOLDER/config.json and FOLDER/pytorch_model.bin."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_weights(folder, self.state_dict(), {CONFIG_NAME: self.config.to_json()})
 
 
 class BertPredictionHeadTransform(nn.Module):
-    """The masked-LM head's hidden layer."""
+    """The hidden layer of the masked-LM head."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.activation = activation(config)
+        self.activation = ACTIVATIONS[config.hidden_act]
         self.LayerNorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -103,7 +104,7 @@ class BertPredictionHeadTransform(nn.Module):
 
 
 class BertLMPredictionHead(nn.Module):
-    """Scores every word of the vocabulary; its output weights are the word embeddings."""
+    """Masked-LM logits over the vocabulary; the output weights are the word embeddings."""
 
     def __init__(self, config: BertConfig, word_embeddings: nn.Embedding) -> None:
         super().__init__()
@@ -113,7 +114,7 @@ class BertLMPredictionHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[..., hidden] -> [..., vocabulary]."""
+        """Map [..., hidden] to [..., vocabulary]."""
         return functional.linear(self.transform(hidden), self.decoder.weight, self.bias)
 
 
@@ -130,7 +131,7 @@ class BertPreTrainingHeads(BertOnlyMLMHead):
 
 
 class BertForMaskedLM(PreTrainedModel):
-    """BERT that predicts masked words."""
+    """BERT with its masked-LM head."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
@@ -140,7 +141,7 @@ class BertForMaskedLM(PreTrainedModel):
     def forward(
         self, input_ids: Tensor, token_type_ids: Tensor | None = None, attention_mask: Tensor | None = None
     ) -> Tensor:
-        """[batch, length] ids -> logits [batch, length, vocabulary]."""
+        """Map ids [batch, length] to logits [batch, length, vocabulary]."""
         last = (self.config.num_hidden_layers,)
         encoded = self.bert(
             input_ids, token_type_ids, attention_mask, hidden_layers=last, attention_layers=(), pool=False
@@ -148,14 +149,14 @@ class BertForMaskedLM(PreTrainedModel):
         return self.cls.predictions(encoded.hidden_states[0])
 
     def encode_one(self, input_ids: Tensor, token_type_ids: Tensor, positions: Tensor) -> Tensor:
-        """The last hidden state of one token of each text, of texts that are all of one length.
+        """Return the last hidden state of one token of each text; the texts have the same number of tokens.
 
-        That token is put first after the embedding, which tells places; attention sees a set. So the last layer
-        is computed for it alone, as for a pooler.
+        After the embeddings have added positions, attention does not depend on the order of tokens. So the chosen
+        token is moved to the front, and the last layer is computed for it alone.
 
         Args:
-            input_ids, token_type_ids: [batch, length], nothing of it padding.
-            positions: [batch], the token that is wanted.
+            input_ids, token_type_ids: [batch, length], without padding.
+            positions: [batch], the index of the chosen token.
 
         Returns:
             [batch, hidden].
@@ -170,10 +171,10 @@ class BertForMaskedLM(PreTrainedModel):
         return last[:, 0]
 
     def load(self, weights: dict[str, Tensor], source: str | Path) -> LoadReport:
-        """Takes over a checkpoint's tensors, as every model does.
+        """Copy a checkpoint's tensors into the model, as `load_weights` does.
 
-        The output weights are the word embeddings, unless the checkpoint has its own, and the output bias may lie at
-        the decoder, as in files of the `transformers` library.
+        The output weights stay tied to the word embeddings unless the checkpoint's differ from them. The output bias
+        may be stored under the decoder, as the `transformers` library does.
         """
         weights = with_encoder_prefix(weights)
         predictions = self.cls.predictions
@@ -187,17 +188,17 @@ class BertForMaskedLM(PreTrainedModel):
 
 
 class BertForPreTraining(BertForMaskedLM):
-    """BERT with both pre-training heads: masked words, and whether the second segment follows the first."""
+    """BERT with both pre-training heads: masked LM and next-sentence prediction."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
         self.cls = BertPreTrainingHeads(config, self.bert.embeddings.word_embeddings)
         self.init_weights()
 
-    def forward(  # type: ignore[override]  # it has one more output than the masked LM alone
+    def forward(  # type: ignore[override]  # returns one more output than the masked LM
         self, input_ids: Tensor, token_type_ids: Tensor | None = None, attention_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """[batch, length] ids -> masked-LM logits [batch, length, vocabulary], next-sentence logits [batch, 2]."""
+        """Return masked-LM logits [batch, length, vocabulary] and next-sentence logits [batch, 2]."""
         last = (self.config.num_hidden_layers,)
         encoded = self.bert(input_ids, token_type_ids, attention_mask, hidden_layers=last, attention_layers=())
         heads = self.cls
@@ -206,12 +207,11 @@ class BertForPreTraining(BertForMaskedLM):
 
 
 class TinyBertOutput(NamedTuple):
-    """What a TinyBERT model gives out, in the original's order.
+    """The output of a TinyBERT model, in the original's order.
 
-    logits: [batch, labels], or None where they were not asked for.
-    attention_scores: [batch, heads, query, key] for each layer asked for.
-    hidden_states: [batch, length, hidden] for each layer asked for; projected to the teacher's
-        hidden size where the model was asked as a student.
+    logits: [batch, labels]; None without `with_logits`.
+    attention_scores: [batch, heads, query, key] for each of `attention_layers`.
+    hidden_states: [batch, length, hidden] for each of `hidden_layers`; with `is_student` [batch, length, fit_size].
     """
 
     logits: Tensor | None
@@ -220,10 +220,10 @@ class TinyBertOutput(NamedTuple):
 
 
 class DistilledModel(PreTrainedModel):
-    """A model with the projection of its hidden states to a teacher's size (W_h of the paper's equation 8).
+    """A model that can project its hidden states to a teacher's hidden size (TinyBERT, equation 8: W_h).
 
-    The first release of TinyBERT has one projection for all layers, `fit_dense`; the second has one
-    for the embeddings and one for each layer, `fit_denses.0` to `fit_denses.N`. fit_size 0 means none.
+    The first release of TinyBERT has one projection for all layers, `fit_dense`; the second has one for the
+    embeddings and one for each layer, `fit_denses.0` to `fit_denses.N`. With fit_size 0 there is none.
     """
 
     fit_dense: nn.Linear
@@ -239,13 +239,13 @@ class DistilledModel(PreTrainedModel):
             self.fit_dense = nn.Linear(config.hidden_size, fit_size)
 
     def project(self, encoded: EncoderOutput, layers: Sequence[int]) -> tuple[Tensor, ...]:
-        """The hidden states of `layers` in the teacher's hidden size: [batch, length, fit_size] each."""
+        """Project the hidden states of `layers`; return [batch, length, fit_size] for each."""
         pairs = zip(layers, encoded.hidden_states, strict=True)
         return tuple((self.fit_denses[layer] if self.per_layer else self.fit_dense)(state) for layer, state in pairs)
 
 
 class TinyBertForPreTraining(DistilledModel):
-    """The student of general distillation: a plain encoder is its teacher, and no task is known yet."""
+    """The student of general distillation, whose teacher is an encoder that was not fine-tuned."""
 
     def __init__(self, config: BertConfig, fit_size: int = 768, per_layer: bool = False) -> None:
         super().__init__(config, fit_size, per_layer)
@@ -259,17 +259,17 @@ class TinyBertForPreTraining(DistilledModel):
     def forward(
         self, input_ids: Tensor, token_type_ids: Tensor | None = None, attention_mask: Tensor | None = None
     ) -> TinyBertOutput:
-        """All layers' attention scores, and hidden states in the teacher's size."""
+        """Return the attention scores and projected hidden states of all layers."""
         encoded = self.bert(input_ids, token_type_ids, attention_mask, pool=False)
         layers = range(self.config.num_hidden_layers + 1)
         return TinyBertOutput(None, encoded.attention_scores, self.project(encoded, layers))
 
 
 class TinyBertForSequenceClassification(DistilledModel):
-    """A classifier over the pooled output: the teacher, and the student that learns from it.
+    """A classifier over the pooled output; teacher and student are both of this class.
 
-    The head is logits = W relu(pooled) + b, as the original's, unless the config names
-    BertForSequenceClassification: then logits = W pooled + b.
+    The head is logits = W relu(pooled) + b, as in the original, unless the config names the architecture
+    BertForSequenceClassification: then it is logits = W pooled + b.
     """
 
     def __init__(self, config: BertConfig, num_labels: int = 2, fit_size: int = 768, per_layer: bool = False) -> None:
@@ -294,13 +294,13 @@ class TinyBertForSequenceClassification(DistilledModel):
         attention_layers: Sequence[int] | None = None,
         with_logits: bool = True,
     ) -> TinyBertOutput:
-        """Classifies a batch, and gives out what a distillation loss reads.
+        """Classify a batch; return logits, attention scores and hidden states.
 
         Args:
             input_ids, token_type_ids, attention_mask: [batch, length], as for `BertModel`.
-            is_student: whether hidden states are given out in the teacher's size.
-            hidden_layers, attention_layers: the layers wanted, as for `BertModel`; all where not given.
-            with_logits: whether logits are wanted; without them the pooler is not computed.
+            is_student: whether to project the hidden states to the teacher's size.
+            hidden_layers, attention_layers: the layers to return, as for `BertModel`.
+            with_logits: without it, pooler and classifier are not computed.
         """
         if hidden_layers is None:
             hidden_layers = range(self.config.num_hidden_layers + 1)
@@ -320,6 +320,6 @@ class TinyBertForSequenceClassification(DistilledModel):
         return TinyBertOutput(logits, encoded.attention_scores, states)
 
     def set_labels(self, names: Sequence[str], relu_head: bool) -> None:
-        """Records the labels' names, in id order, and the head's form in the config that is saved."""
+        """Record the labels' names, in id order, and the form of the head in the config."""
         architecture = RELU_HEAD_ARCHITECTURE if relu_head else LINEAR_HEAD_ARCHITECTURE
         self.config = replace(self.config, architectures=[architecture], id2label=dict(enumerate(names)))

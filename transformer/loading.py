@@ -1,4 +1,4 @@
-"""From a checkpoint's tensors into a model: which fit, which are missing, which are not used."""
+"""Load a checkpoint's tensors into a model, and report missing and unexpected keys."""
 
 from __future__ import annotations
 
@@ -18,40 +18,40 @@ _POOLER_PREFIX = "bert.pooler."
 
 
 class NoNewWeights(TorchFunctionMode):
-    """A context in which modules are made without drawing their weights: a checkpoint's follow.
+    """A context in which modules are built without initialising their weights, because a checkpoint's follow.
 
-    It saves seconds: for a model on the meta device torch would even import its compiler to draw them.
+    It saves seconds: to initialise a model on the meta device, torch would import its compiler.
     """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == nn.init.__name__:  # its functions are given a tensor, and return it
+        if getattr(func, "__module__", None) == nn.init.__name__:  # its functions return the tensor they are given
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """Keys of the model that the file lacked, and keys of the file that the model has no use for."""
+    """Keys of the model that the checkpoint lacks, and keys of the checkpoint that the model lacks."""
 
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
 
     def lacks(self, prefix: str) -> bool:
-        """Whether any tensor under this prefix was missing."""
+        """Return whether a key with this prefix is missing."""
         return any(key.startswith(prefix) for key in self.missing)
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> LoadReport:
-    """Copies a checkpoint's tensors into the model's parameters of the same name.
+    """Copy a checkpoint's tensors into the model's parameters of the same name.
 
-    A bare encoder's keys get the prefix `bert.`. A head that the file lacks keeps the values it has:
-    whether that may be is for the caller to say, from the report. An encoder must be whole.
+    The keys of a bare encoder get the prefix `bert.`. The encoder must be complete. A head that the checkpoint lacks
+    keeps its values: the caller decides by the report whether to accept that.
 
     Raises:
-        UserError: part of the encoder is missing, or a tensor has another shape than the config says.
+        UserError: part of the encoder is missing, or a tensor's shape differs from the config's.
     """
     weights = with_encoder_prefix(weights)
     missing = check_weights(model, weights, source)
@@ -64,7 +64,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | 
 
 
 def check_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> tuple[str, ...]:
-    """Checks that a checkpoint's tensors fit a model, which may be on the meta device and so take no memory.
+    """Check that a checkpoint's tensors fit a model, which may be on the meta device and so takes no memory.
 
     Returns:
         The keys of the model that the checkpoint lacks.
@@ -77,20 +77,18 @@ def check_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str |
     missing = tuple(key for key in own if key not in weights and not any(k in weights for k in tied[key]))
     lost = [key for key in missing if key.startswith(ENCODER_PREFIX) and not key.startswith(_POOLER_PREFIX)]
     if lost:
-        raise UserError(
-            f"{source}: the weights lack {summarise(lost)}; they are of another model than config.json says"
-        )
+        raise UserError(f"{source}: the weights lack {summarise(lost)}; they do not belong to the model of config.json")
     for key, tensor in weights.items():
         if key in own and own[key].shape != tensor.shape:
             raise UserError(
                 f"{source}: {key} has the shape {list(tensor.shape)}, expected {list(own[key].shape)}; "
-                "the weights are of another model than config.json says"
+                "the weights do not belong to the model of config.json"
             )
     return missing
 
 
 def _tied_keys(own: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """For each key the other keys of the same parameter: a file needs to hold only one of them."""
+    """Return for each key the other keys of the same parameter: a file needs only one of them."""
     sharing: dict[int, list[str]] = {}
     for key, tensor in own.items():
         sharing.setdefault(id(tensor), []).append(key)
@@ -98,7 +96,7 @@ def _tied_keys(own: Mapping[str, Tensor]) -> dict[str, list[str]]:
 
 
 def with_encoder_prefix(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a bare encoder under the keys that a model with a head has."""
+    """Return the tensors with the prefix `bert.` that a bare encoder's keys lack."""
     if any(key.startswith(ENCODER_PREFIX) for key in weights):
         return dict(weights)
     parts = ("embeddings.", "encoder.", "pooler.")
@@ -106,17 +104,17 @@ def with_encoder_prefix(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def num_labels_of(weights: Mapping[str, Tensor]) -> int | None:
-    """How many labels the checkpoint's classifier has; None where it has no classifier."""
+    """Return the number of labels of the checkpoint's classifier; None if it has no classifier."""
     return _rows(weights, "classifier.weight") if "classifier.weight" in weights else None
 
 
 def has_layer_projections(weights: Mapping[str, Tensor]) -> bool:
-    """Whether the checkpoint has a projection for each layer, as TinyBERT's second release."""
+    """Return whether the checkpoint has a projection for each layer, as TinyBERT's second release does."""
     return "fit_denses.0.weight" in weights
 
 
 def projection_size(weights: Mapping[str, Tensor]) -> int:
-    """The teacher's hidden size that the checkpoint projects to; 0 where it has no projection."""
+    """Return the hidden size that the checkpoint projects to; 0 if it has no projection."""
     for key in ("fit_denses.0.weight", "fit_dense.weight"):
         if key in weights:
             return _rows(weights, key)
@@ -130,7 +128,7 @@ def _rows(weights: Mapping[str, Tensor], key: str) -> int:
 
 
 def summarise(keys: Iterable[str], most: int = 3) -> str:
-    """The first few keys and how many there are more, for one line of a message."""
+    """Return the first keys and the number of the others, for a message."""
     keys = list(keys)
     rest = f" and {len(keys) - most} more" if len(keys) > most else ""
     return ", ".join(keys[:most]) + rest

@@ -1,8 +1,8 @@
 """BertAdam and its learning-rate schedules.
 
-BERT's own Adam differs from torch's: no bias correction, weight decay apart from the gradient
-(decoupled), and each tensor's gradient clipped to a norm of its own. It does not unscale
-gradients, skip steps or look for infinities: that is mixed precision's work.
+BERT's Adam differs from torch's: no bias correction, decoupled weight decay (Loshchilov and Hutter 2019), and each
+tensor's gradient clipped to a norm of its own. Unscaling gradients, skipping steps and finding infinities are mixed
+precision's work, not done here.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from torch.optim import Optimizer
 
 Schedule = Callable[[float, float], float]
 
-_LATE = 1e9  # a step: b1 and b2 to this power are 0
+_LATE_STEP = 1e9  # b1 and b2 to this power are 0, so AdamW's bias correction does nothing
 
 
 def constant(progress: float, warmup: float) -> float:
-    """The rate itself, from the first step to the last."""
+    """Return 1 at every step."""
     return 1.0
 
 
 def warmup_constant(progress: float, warmup: float) -> float:
-    """Rises linearly over the first `warmup` of all steps, then stays."""
+    """Rise linearly over the share `warmup` of all steps, then stay at 1."""
     return progress / warmup if progress < warmup else 1.0
 
 
 def warmup_linear(progress: float, warmup: float) -> float:
-    """Rises linearly over the first `warmup` of all steps, then falls linearly to 0 at the end."""
+    """Rise linearly over the share `warmup` of all steps, then fall linearly to 0 at the end."""
     return progress / warmup if progress < warmup else max((progress - 1.0) / (warmup - 1.0), 0.0)
 
 
 def warmup_cosine(progress: float, warmup: float) -> float:
-    """Rises linearly over the first `warmup` of all steps, then follows the half cosine of the progress."""
+    """Rise linearly over the share `warmup` of all steps, then follow 0.5 · (1 + cos(π · progress))."""
     return progress / warmup if progress < warmup else 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
 
 
@@ -49,25 +49,25 @@ SCHEDULES: dict[str, Schedule] = {
 
 
 class BertAdam(Optimizer):
-    """Adam as BERT was trained with.
+    """The Adam that BERT was trained with.
 
-    For each tensor g with a gradient: g is scaled to a norm of at most `max_grad_norm`,
-    m = b1·m + (1 - b1)·g, v = b2·v + (1 - b2)·g², and the tensor moves by
-    -rate · (m / (√v + e) + weight_decay · tensor). Tensors without a gradient are left alone.
-    The rate is taken before the step is counted: the first step of a warm-up has rate 0.
+    For each tensor with a gradient g: g is scaled to a norm of at most `max_grad_norm`,
+    m = b1·m + (1 - b1)·g, v = b2·v + (1 - b2)·g², and the tensor changes by
+    -rate · (m / (√v + e) + weight_decay · tensor). Tensors without a gradient do not change.
+    The rate is read before the step is counted: the first step of a warm-up has rate 0.
 
     Args:
-        params: tensors or parameter groups; a group may set any of the following for itself.
+        params: tensors or parameter groups; a group may override each of the following.
         lr: the peak learning rate.
-        warmup: the share of all steps in which the rate rises; needs t_total.
-        t_total: the number of optimizer steps of the whole training; -1 for a rate that stays.
+        warmup: the share of all steps in which the rate rises; needs t_total. -1 for none.
+        t_total: the number of optimizer steps of the whole training; -1 for a constant rate.
         schedule: a name of `SCHEDULES`.
         b1, b2, e: Adam's decay rates and epsilon.
-        weight_decay: decoupled, in units of the rate.
-        max_grad_norm: the clip of each tensor's own gradient; -1 for none.
+        weight_decay: decoupled, multiplied by the rate.
+        max_grad_norm: the largest norm of each tensor's gradient; -1 for no clipping.
 
     Raises:
-        ValueError: a value is out of its range.
+        ValueError: a value is out of range.
     """
 
     def __init__(
@@ -94,38 +94,29 @@ class BertAdam(Optimizer):
         if e < 0:
             raise ValueError(f"e is {e}, expected 0 or more")
         self.steps_taken = 0
-        self._rows: dict[Tensor, _KeptRows] = {}
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "warmup": warmup,
-                "t_total": t_total,
-                "schedule": schedule,
-                "b1": b1,
-                "b2": b2,
-                "e": e,
-                "weight_decay": weight_decay,
-                "max_grad_norm": max_grad_norm,
-            },
-        )
+        self._buffers: dict[Tensor, Tensor] = {}  # 0 between steps, so no part of the state
+        defaults = {"lr": lr, "warmup": warmup, "t_total": t_total, "schedule": schedule, "b1": b1, "b2": b2, "e": e}
+        super().__init__(params, {**defaults, "weight_decay": weight_decay, "max_grad_norm": max_grad_norm})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds parameters that share settings; what a group leaves open is as for the whole.
+        """Add parameters that share settings; the optimizer's defaults hold for those not given.
 
-        torch's own does the same, and the first time imports its compiler, which takes seconds.
+        torch's own method does the same, but its first call imports torch's compiler, which takes seconds.
+
+        Raises:
+            ValueError: a parameter is given twice, or is no leaf tensor.
         """
         params = param_group["params"]
         params = [params] if isinstance(params, Tensor) else list(params)
         known = {parameter for group in self.param_groups for parameter in group["params"]}
         if not all(isinstance(parameter, Tensor) and parameter.is_leaf for parameter in params):
-            raise ValueError("expected tensors that are no results of others")
+            raise ValueError("expected leaf tensors as parameters")
         if len(set(params)) < len(params) or not known.isdisjoint(params):
-            raise ValueError("a parameter stands in several groups, or twice in one")
+            raise ValueError("a parameter is given twice, in one group or in several")
         self.param_groups.append({**self.defaults, **param_group, "params": params})
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets the gradients. Like `add_param_group`, this is torch's without its compiler."""
+        """Clear the gradients, as torch's own method does, without importing torch's compiler."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if set_to_none:
@@ -134,44 +125,43 @@ class BertAdam(Optimizer):
                     parameter.grad = parameter.grad.detach().zero_()
 
     def export_state(self) -> dict[str, Any]:
-        """What the steps so far have made, as plain numbers and tensors: `import_state` takes it.
+        """Return the state of the steps so far as numbers and tensors, for `import_state`.
 
-        torch's own `state_dict` would be read back in the parameters' type, and imports its compiler.
+        torch's `load_state_dict` would convert it to the parameters' type, and imports torch's compiler.
         """
         states = [self.state.get(parameter, {}) for group in self.param_groups for parameter in group["params"]]
         return {"steps_taken": self.steps_taken, "parameters": [dict(state) for state in states]}
 
     @torch.no_grad()
     def import_state(self, state: Mapping[str, Any]) -> None:
-        """Takes over what `export_state` gave, of an optimizer of the same parameters in the same order.
+        """Load what `export_state` returned for an optimizer of the same parameters in the same order.
 
         Raises:
-            ValueError: it is of others.
+            ValueError: the number or the shapes of the parameters differ.
         """
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         if len(parameters) != len(state["parameters"]):
-            raise ValueError(f"a state of {len(state['parameters'])} parameters, expected {len(parameters)}")
-        for parameter, known in zip(parameters, state["parameters"], strict=True):
-            if known:
+            raise ValueError(f"the state has {len(state['parameters'])} parameters, expected {len(parameters)}")
+        for parameter, saved in zip(parameters, state["parameters"], strict=True):
+            if saved:
                 own = self._state_of(parameter)
-                own["step"] = known["step"]
+                own["step"] = saved["step"]
                 for name in ("next_m", "next_v"):
-                    if own[name].shape != known[name].shape:
-                        raise ValueError(
-                            f"a state of shape {list(known[name].shape)}, expected {list(own[name].shape)}"
-                        )
-                    own[name].copy_(known[name])
+                    found, expected = list(saved[name].shape), list(own[name].shape)
+                    if found != expected:
+                        raise ValueError(f"{name} has shape {found}, expected {expected}")
+                    own[name].copy_(saved[name])
         self.steps_taken = state["steps_taken"]
 
     def rate(self, group: dict[str, Any], step: int) -> float:
-        """The learning rate of the step after `step` counted ones."""
+        """Return the learning rate of a group's step number `step`, counted from 0."""
         if group["t_total"] == -1:
             return group["lr"]
         return group["lr"] * SCHEDULES[group["schedule"]](step / group["t_total"], max(group["warmup"], 0.0))
 
     def gradients(self) -> list[Tensor]:
-        """The gradients of all parameters that have one, in the groups' order; of a sparse one the rows it has."""
-        return [_rows_of(p) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        """Return all gradients that exist, in the order of the groups; of a sparse one only its rows."""
+        return [_values_of_gradient(p) for group in self.param_groups for p in group["params"] if p.grad is not None]
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -182,14 +172,14 @@ class BertAdam(Optimizer):
         grad_scale: float = 1.0,
         skip: Tensor | None = None,
     ) -> float | None:
-        """Moves every tensor that has a gradient by one step.
+        """Update every tensor that has a gradient.
 
         Args:
-            closure: evaluates the model anew and returns the loss; its gradients are then used.
-            norms: the L2 norm of each of `gradients()`, where they are known already.
-            grad_scale: what the gradients were multiplied by (a loss scale). They may be divided in place.
-            skip: a scalar in fp32 on the parameters' device; where it is 1 no tensor moves, though the step
-                is counted. So the device need not be waited for to know whether a gradient is finite.
+            closure: computes the loss and its gradients again, before the update.
+            norms: the L2 norm of each of `gradients()`; computed by default.
+            grad_scale: the loss scale that the gradients were multiplied by. They may be divided in place.
+            skip: an fp32 scalar on the parameters' device. If it is 1 no tensor changes, though the step is counted:
+                so a device need not be synchronized to learn whether the gradients are finite.
 
         Returns:
             The closure's loss.
@@ -198,18 +188,17 @@ class BertAdam(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        known = iter(norms if norms is not None else gradient_norms(self.gradients()))
+        all_norms = iter(norms if norms is not None else gradient_norms(self.gradients()))
         for group in self.param_groups:
-            raise_on_all_ranks: dict[tuple[int, torch.device], list[_Part]] = {}
+            by_step: dict[tuple[int, torch.device], list[_Update]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     state = self._state_of(parameter)
-                    gradient, rows = _rows_of(parameter), self._kept_rows(parameter)
-                    part = _Part(parameter, gradient, state["next_m"], state["next_v"], next(known), rows)
-                    raise_on_all_ranks.setdefault((state["step"], parameter.device), []).append(part)
+                    update = self._make_update(parameter, state, next(all_norms))
+                    by_step.setdefault((state["step"], parameter.device), []).append(update)
                     state["step"] += 1
-            for (step, _), parts in raise_on_all_ranks.items():
-                _move(parts, self.rate(group, step), group, grad_scale, skip)
+            for (step, _), updates in by_step.items():
+                _apply(updates, self.rate(group, step), group, grad_scale, skip)
         self.steps_taken += 1
         return loss
 
@@ -217,146 +206,137 @@ class BertAdam(Optimizer):
         state = self.state[parameter]
         if not state:
             state["step"] = 0
-            # fp32 also where the weights are not: in fp16 both g² and e are next to nothing.
+            # fp32 for half-precision weights too: in fp16 g² and e underflow.
             exact = torch.promote_types(parameter.dtype, torch.float32)
             state["next_m"] = torch.zeros_like(parameter, dtype=exact, memory_format=torch.contiguous_format)
             state["next_v"] = torch.zeros_like(parameter, dtype=exact, memory_format=torch.contiguous_format)
         return state
 
-    def _kept_rows(self, parameter: Tensor) -> _KeptRows | None:
-        """Where a sparse gradient is made dense; not part of the state, for between steps it is 0."""
-        assert parameter.grad is not None  # the caller has looked
-        if not parameter.grad.is_sparse:
-            return None
-        return self._rows.setdefault(parameter, _KeptRows(parameter))
+    def _make_update(self, parameter: Tensor, state: Mapping[str, Any], norm: Tensor) -> _Update:
+        values = _values_of_gradient(parameter)
+        update = _Update(parameter, values, state["next_m"], state["next_v"], norm)
+        gradient = parameter.grad
+        if gradient is None or not gradient.is_sparse:
+            return update
+        if parameter not in self._buffers:
+            self._buffers[parameter] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+        return update._replace(rows=gradient.indices()[0], buffer=self._buffers[parameter])
 
 
-def _rows_of(parameter: Tensor) -> Tensor:
-    """A parameter's gradient; of a sparse one the rows it has, each once."""
+def _values_of_gradient(parameter: Tensor) -> Tensor:
+    """Return a parameter's gradient; if it is sparse, add up repeated rows and return the rows."""
     gradient = parameter.grad
-    assert gradient is not None  # the caller has looked
+    assert gradient is not None  # checked by the caller
     if not gradient.is_sparse:
         return gradient
     parameter.grad = gradient.coalesce()
     return parameter.grad.values()
 
 
-class _KeptRows:
-    """Some rows of a gradient in a dense tensor that is kept from step to step and is 0 elsewhere.
+class _Update(NamedTuple):
+    """A tensor to update, its gradient and its Adam state.
 
-    A step of a vocabulary's embeddings meets a few hundred of its 30,522 rows: so neither zeros are written
-    for all, nor is their norm looked for among them.
+    norm: of the gradient, a scalar.
+    rows, buffer: if the gradient is sparse, the numbers of its rows, and a tensor in which it becomes dense. A step of
+        the word embeddings has a few hundred of 30,522 rows: so zeros are not written for all rows in each step, nor
+        read for the norm.
     """
-
-    def __init__(self, parameter: Tensor) -> None:
-        self._parameter = parameter
-        self._dense: Tensor | None = None
-
-    def dense(self, rows: Tensor) -> Tensor:
-        """The gradient, whose own rows are these; to be cleared before the next."""
-        if self._dense is None:
-            self._dense = torch.zeros_like(self._parameter, memory_format=torch.contiguous_format)
-        return self._dense.index_copy_(0, self._numbers, rows)
-
-    def clear(self) -> None:
-        """Makes the rows 0 again."""
-        if self._dense is not None:
-            self._dense.index_fill_(0, self._numbers, 0.0)
-
-    @property
-    def _numbers(self) -> Tensor:
-        gradient = self._parameter.grad
-        assert gradient is not None  # it is moved by it
-        return gradient.indices()[0]
-
-
-class _Part(NamedTuple):
-    """A tensor that moves, and what it moves by."""
 
     weights: Tensor
     gradient: Tensor
     mean: Tensor
     variance: Tensor
-    norm: Tensor  # the gradient's, a scalar
-    rows: _KeptRows | None = None  # where the gradient is but some of its rows
+    norm: Tensor
+    rows: Tensor | None = None
+    buffer: Tensor | None = None
 
-    def dense(self) -> Tensor:
-        """The gradient of all of the weights."""
-        return self.gradient if self.rows is None else self.rows.dense(self.gradient)
+    def dense_gradient(self) -> Tensor:
+        """Return the gradient in the shape of the weights."""
+        if self.rows is None or self.buffer is None:
+            return self.gradient
+        return self.buffer.index_copy_(0, self.rows, self.gradient)
+
+    def clear_buffer(self) -> None:
+        """Set the gradient's rows of the buffer to 0 again."""
+        if self.rows is not None and self.buffer is not None:
+            self.buffer.index_fill_(0, self.rows, 0.0)
 
 
-def _move(
-    parts: Sequence[_Part], rate: float, group: Mapping[str, Any], grad_scale: float, skip: Tensor | None
+def _apply(
+    updates: Sequence[_Update], rate: float, group: Mapping[str, Any], grad_scale: float, skip: Tensor | None
 ) -> None:
-    """A step of tensors that share a device and a rate."""
-    norms = torch.stack([part.norm for part in parts])
+    """Update tensors that share a device and a rate."""
+    norms = torch.stack([update.norm for update in updates])
     divisors = torch.full_like(norms, grad_scale)
     if group["max_grad_norm"] > 0:
-        # torch's clip_grad_norm_ of a single tensor: the 1e-6 is part of the known figures.
+        # The 1e-6 of torch's clip_grad_norm_ is part of the original's figures.
         divisors *= ((norms / grad_scale + 1e-6) / group["max_grad_norm"]).clamp(min=1.0)
-    fused: list[tuple[_Part, Tensor]] = []
-    for part, divisor in zip(parts, divisors.unbind(), strict=True):
-        if _can_fuse(part):
-            fused.append((part, divisor))
+    fused: list[tuple[_Update, Tensor]] = []
+    for update, divisor in zip(updates, divisors.unbind(), strict=True):
+        if can_fuse(update.weights, update.gradient):
+            fused.append((update, divisor))
         else:
-            _move_plainly(part, divisor, rate, group, skip)
+            _apply_plain(update, divisor, rate, group, skip)
     if fused:
-        _move_fused(fused, rate, group, skip)
-    for part in parts:
-        if part.rows is not None:
-            part.rows.clear()
+        _apply_fused(fused, rate, group, skip)
+    for update in updates:
+        update.clear_buffer()
 
 
 def gradient_norms(gradients: Sequence[Tensor]) -> list[Tensor]:
-    """The L2 norm of each tensor, a scalar each, summed in fp32."""
+    """Return the L2 norm of each tensor, summed in fp32: scalars."""
     return list(torch._foreach_norm(list(gradients), 2, dtype=torch.float32))
 
 
-def _move_plainly(part: _Part, divisor: Tensor, rate: float, group: Mapping[str, Any], skip: Tensor | None) -> None:
-    """One tensor's step, in torch's own operations: for any device and type, and what `_move_fused` must equal."""
-    if skip is not None and bool(skip):
-        return
-    weights, mean, variance = part.weights, part.mean, part.variance
-    gradient = part.dense().to(mean.dtype) / divisor
-    mean.mul_(group["b1"]).add_(gradient, alpha=1 - group["b1"])
-    variance.mul_(group["b2"]).addcmul_(gradient, gradient, value=1 - group["b2"])
-    update = mean / variance.sqrt().add_(group["e"])
-    if group["weight_decay"] > 0:
-        update.add_(weights, alpha=group["weight_decay"])
-    weights.add_(update, alpha=-rate)
-
-
-def _can_fuse(part: _Part) -> bool:
-    """Whether torch's fused AdamW takes these: fp32, in one piece, on a CPU or a GPU."""
-    return part.weights.device.type in ("cpu", "cuda") and all(
-        tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in part[:4]
-    )
-
-
-def _sees_values(device: torch.device) -> bool:
-    """Whether a number on the device can be looked at without waiting for it."""
+def reads_without_synchronizing(device: torch.device) -> bool:
+    """Return whether a number on the device can be read without waiting for the device."""
     return device.type == "cpu"
 
 
-def _move_fused(
-    divided: Sequence[tuple[_Part, Tensor]], rate: float, group: Mapping[str, Any], skip: Tensor | None
+def can_fuse(weights: Tensor, gradient: Tensor) -> bool:
+    """Return whether torch's fused AdamW accepts these: fp32, contiguous, on a CPU or a GPU."""
+    return weights.device.type in ("cpu", "cuda") and all(
+        tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in (weights, gradient)
+    )
+
+
+def _apply_plain(update: _Update, divisor: Tensor, rate: float, group: Mapping[str, Any], skip: Tensor | None) -> None:
+    """Update one tensor by torch's basic operations, on any device and in any type."""
+    if skip is not None and bool(skip):
+        return
+    weights, mean, variance = update.weights, update.mean, update.variance
+    gradient = update.dense_gradient().to(mean.dtype) / divisor
+    mean.mul_(group["b1"]).add_(gradient, alpha=1 - group["b1"])
+    variance.mul_(group["b2"]).addcmul_(gradient, gradient, value=1 - group["b2"])
+    change = mean / variance.sqrt().add_(group["e"])
+    if group["weight_decay"] > 0:
+        change.add_(weights, alpha=group["weight_decay"])
+    weights.add_(change, alpha=-rate)
+
+
+def _apply_fused(
+    updates: Sequence[tuple[_Update, Tensor]], rate: float, group: Mapping[str, Any], skip: Tensor | None
 ) -> None:
-    """A step of all of them in a single pass: torch's AdamW at a step so late that it corrects no bias."""
-    device = divided[0][0].weights.device
-    clipped = list(divided)
-    if _sees_values(device):  # most need no clipping, and all are looked at at once
-        values = torch.stack([divisor for _, divisor in divided]).tolist()
-        clipped = [pair for pair, value in zip(divided, values, strict=True) if value != 1.0]
-    if clipped:
-        torch._foreach_div_([part.gradient for part, _ in clipped], [divisor for _, divisor in clipped])
-    late = torch.full((), _LATE, device=device)
+    """Update tensors in one pass of torch's fused AdamW, at a step so late that it corrects no bias.
+
+    Args:
+        updates: each with the divisor of its gradient.
+    """
+    device = updates[0][0].weights.device
+    scaled = list(updates)
+    if reads_without_synchronizing(device):  # most divisors are 1
+        values = torch.stack([divisor for _, divisor in updates]).tolist()
+        scaled = [pair for pair, value in zip(updates, values, strict=True) if value != 1.0]
+    if scaled:
+        torch._foreach_div_([update.gradient for update, _ in scaled], [divisor for _, divisor in scaled])
+    late = torch.full((), _LATE_STEP, device=device)
     torch._fused_adamw_(
-        [part.weights for part, _ in divided],
-        [part.dense() for part, _ in divided],
-        [part.mean for part, _ in divided],
-        [part.variance for part, _ in divided],
+        [update.weights for update, _ in updates],
+        [update.dense_gradient() for update, _ in updates],
+        [update.mean for update, _ in updates],
+        [update.variance for update, _ in updates],
         [],
-        [late] * len(divided),
+        [late] * len(updates),
         lr=rate,
         beta1=group["b1"],
         beta2=group["b2"],
@@ -369,7 +349,7 @@ def _move_fused(
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The trainable parameters in two groups: biases and LayerNorms, which do not decay, and the others."""
+    """Return the trainable parameters in two groups; biases and LayerNorms, the second one, do not decay."""
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     exempt = [p for name, p in trainable if name.endswith("bias") or "LayerNorm" in name]
     decayed = [p for name, p in trainable if not (name.endswith("bias") or "LayerNorm" in name)]

@@ -1,12 +1,11 @@
-"""Text to WordPiece ids, equal to those of BERT's original Python tokenizer, at the speed of Rust.
+"""WordPiece tokenization with the ids of BERT's original Python tokenizer, at the speed of Rust.
 
-The original works in two steps (Devlin et al. 2019, section 3; WordPiece: Wu et al. 2016, section
-4.1): basic tokens, cut at spaces, punctuation and CJK ideographs, then the longest pieces of the
-vocabulary that make up each of them. The second step is always the Rust `tokenizers` library's.
-The first is too where its Unicode tables and Python's agree for certain (`_AGREEING`), which is
-nearly all text; any other text takes the plain Python functions below.
+The original has two steps (Devlin et al. 2019, section 3; WordPiece: Wu et al. 2016, section 4.1): it splits text into
+basic tokens at spaces, punctuation and CJK ideographs, then each into the longest pieces of the vocabulary. The second
+step is always done by the Rust `tokenizers` library. So is the first for text whose characters Rust and Python treat
+alike (`_AGREEING`), which is nearly all text; other text takes the Python functions below.
 
-Not here: [CLS] and [SEP] around sentences, truncation, padding.
+[CLS] and [SEP], truncation and padding are not added here.
 """
 
 import re
@@ -26,14 +25,13 @@ from transformer.file_utils import VOCAB_NAME, write_atomically
 from transformer.vocabulary import LONGEST_WORD, SPECIAL_TOKENS, read_vocabulary, vocabulary_path
 
 _SPECIAL_TOKENS = frozenset(SPECIAL_TOKENS.values())
-_MOST_KNOWN_CHARACTERS = 4_000_000  # in the words whose ids are remembered: some 100 MB at most
-_CHUNK = 4096  # texts a call into Rust: enough for all cores, few enough to bound memory
+_MOST_CACHED_CHARACTERS = 4_000_000  # of words in the cache: about 100 MB at most
+_CHUNK = 4096  # texts per call into Rust: enough for all cores, few enough to bound memory
 
-# Characters of which both sides make the same basic tokens, whatever stands around them. Left out of
-# these blocks, for one reason each: "[" begins the special tokens, which the original keeps whole;
-# what is dropped (control, format and unassigned characters) could hide one, as in "[MA\x00SK]";
-# combining marks are reordered by NFD; a capital sigma's lower case depends on the letters after it.
-# test_tokenization.py tries each code point.
+# Characters that Rust and Python split into the same basic tokens in any context. Left out of these blocks:
+# "[" begins the special tokens, which the original keeps whole; control, format and unassigned characters are dropped
+# and could hide one, as in "[MA\x00SK]"; combining marks are reordered by NFD; the lower case of a capital sigma
+# depends on the letters after it. test_tokenization.py tries each code point.
 _AGREEING = (
     "\t\n\r -Z\\\\-~"  # ASCII
     "\u00a0-\u00ac\u00ae-\u02ff\u1e00-\u1eff"  # Latin, phonetic letters
@@ -52,7 +50,7 @@ _AGREEING = (
 )
 _NEEDS_PYTHON = re.compile(f"[^{_AGREEING}]")
 
-# The original's list, which leaves out the newer extensions and holds a few that are no ideographs.
+# The original's list; it lacks newer extensions and has a few characters that are not ideographs.
 _IDEOGRAPHS = re.compile(
     "[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002b73f"
     "\U0002b740-\U0002b81f\U0002b820-\U0002ceaf\U0002f800-\U0002fa1f]"
@@ -62,7 +60,7 @@ _ASCII_PUNCTUATION = frozenset("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")  # some are
 
 @cache
 def _clean(char: str) -> str:
-    """The character itself, a space, nothing, or an ideograph between spaces."""
+    """Return the character, a space for white space, nothing for a control character, spaces around an ideograph."""
     category = unicodedata.category(char)
     if char in "\t\n\r" or category == "Zs":
         return " "
@@ -74,34 +72,36 @@ def _clean(char: str) -> str:
 
 @cache
 def _strip_accents(char: str) -> str:
-    """The character without its accents: NFD less the non-spacing marks.
+    """Return the character without accents: its NFD form without non-spacing marks.
 
-    For a whole word NFD also sorts its marks, in quadratic time. Those that sorting could leave in
-    another order here (notes of music, Hangul tone marks) are in no BERT vocabulary: [UNK] either way.
+    NFD of a whole word would also sort its marks, in quadratic time. The marks that would keep another order here
+    (notes of music, Hangul tone marks) are in no BERT vocabulary: the word is [UNK] either way.
     """
     return "".join(part for part in unicodedata.normalize("NFD", char) if unicodedata.category(part) != "Mn")
 
 
 @cache
-def _part_punctuation(char: str) -> str:
-    """The character, between spaces if it is punctuation."""
+def _split_punctuation(char: str) -> str:
+    """Return the character, between spaces if it is punctuation."""
     punctuation = char in _ASCII_PUNCTUATION or unicodedata.category(char).startswith("P")
     return f" {char} " if punctuation else char
 
 
-def _is_plain(text: str) -> bool:
-    """Whether all its characters are among `_AGREEING`."""
+def _is_agreeing(text: str) -> bool:
+    """Return whether all characters of the text are in `_AGREEING`."""
     return (text.isascii() and text.isprintable() and "[" not in text) or not _NEEDS_PYTHON.search(text)
 
 
 class BertTokenizer:
-    """WordPieces and their ids, from a vocabulary file: vocab.txt, or a tokenizer.json that works as BERT's.
+    """A WordPiece tokenizer with the vocabulary of a vocab.txt, or of a tokenizer.json that works like BERT's.
 
-    `vocab` maps tokens to ids, which are 0 to n-1 in its order; `vocabulary_file` is what vocab.txt
-    holds of it, one token a line. `mask_token_id` is None where the vocabulary has no [MASK]. With
-    `do_lower_case`, whatever a tokenizer.json says, text is lower-cased and loses its accents.
+    vocab: tokens and their ids, 0 to n-1 in this order.
+    vocabulary_file: the content of vocab.txt, one token a line.
+    mask_token_id: None if the vocabulary has no [MASK].
+    do_lower_case: lower-case text and strip its accents; it overrides tokenizer.json.
 
-    Raises UserError if the file cannot be read or is no vocabulary of a BERT (see `read_vocabulary`).
+    Raises:
+        UserError: the file cannot be read or is no vocabulary of a BERT (see `read_vocabulary`).
     """
 
     def __init__(self, vocab_file: str | Path, do_lower_case: bool = True) -> None:
@@ -114,7 +114,7 @@ class BertTokenizer:
         self.mask_token_id = self.vocab.get("[MASK]")
         self._tokens = list(self.vocab)
 
-        # No special token is added to either: Rust would find it inside a word, the original does not.
+        # Special tokens are not registered: Rust would find them inside words too, unlike the original.
         pieces = WordPiece(self.vocab, unk_token="[UNK]", max_input_chars_per_word=LONGEST_WORD)
         self._from_words = Tokenizer(pieces)
         self._from_text = Tokenizer(pieces)
@@ -125,14 +125,15 @@ class BertTokenizer:
             lowercase=do_lower_case,
         )
         self._from_text.pre_tokenizer = BertPreTokenizer()
-        self._known: dict[str, list[int]] = {}
-        self._known_characters = 0
+        self._cached: dict[str, list[int]] = {}
+        self._cached_characters = 0
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, do_lower_case: bool = True) -> "BertTokenizer":
-        """The tokenizer of a model folder, from its vocab.txt or, where there is none, its tokenizer.json.
+        """Load the tokenizer of a model folder, from vocab.txt or else from tokenizer.json.
 
-        Raises UserError as the class does.
+        Raises:
+            UserError: as for the class.
         """
         return cls(vocabulary_path(folder), do_lower_case)
 
@@ -140,9 +141,9 @@ class BertTokenizer:
         return len(self._tokens)
 
     def basic_tokenize(self, text: str) -> list[str]:
-        """The words, punctuation marks and ideographs of a text, before they are cut into pieces.
+        """Split a text into words, punctuation marks and ideographs.
 
-        Special tokens stay whole where they stand alone: "a [MASK] b", not "a[MASK]b".
+        A special token stays whole only between spaces: in "a [MASK] b", not in "a[MASK]b".
         """
         words: list[str] = []
         for word in "".join(map(_clean, text)).split():
@@ -151,22 +152,22 @@ class BertTokenizer:
                 continue
             if self.do_lower_case:
                 word = "".join(map(_strip_accents, word.lower()))
-            words.extend("".join(map(_part_punctuation, word)).split())
+            words.extend("".join(map(_split_punctuation, word)).split())
         return words
 
     def tokenize(self, text: str) -> list[str]:
-        """The WordPieces of a text, without [CLS] and [SEP]."""
+        """Return the WordPieces of a text, without [CLS] and [SEP]."""
         return self.convert_ids_to_tokens(self.encode_batch([text])[0])
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text, without [CLS] and [SEP], on all cores (see TOKENIZERS_PARALLELISM)."""
+        """Return the ids of each text, without [CLS] and [SEP]; uses all cores (see TOKENIZERS_PARALLELISM)."""
         ids: list[list[int]] = []
         for start in range(0, len(texts), _CHUNK):
             ids.extend(self._encode_chunk(texts[start : start + _CHUNK]))
         return ids
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of all texts one after the other, int32, and how many each has, int64 [texts]."""
+        """Return the concatenated ids of all texts, int32 [tokens], and the length of each text, int64 [texts]."""
         ids, lengths = [np.empty(0, dtype=np.int32)], np.empty(len(texts), dtype=np.int64)
         for start in range(0, len(texts), _CHUNK):
             encoded = self._encode_chunk(texts[start : start + _CHUNK])
@@ -175,36 +176,37 @@ class BertTokenizer:
         return np.concatenate(ids), lengths
 
     def _encode_chunk(self, texts: Sequence[str]) -> list[list[int]]:
-        plain = [_is_plain(text) for text in texts]
-        words = [text.split() for text, agreed in zip(texts, plain, strict=True) if agreed]
-        known = self._ids_of_words(set().union(*words))
+        agreeing = [_is_agreeing(text) for text in texts]
+        words = [text.split() for text, agrees in zip(texts, agreeing, strict=True) if agrees]
+        ids = self._ids_of_words(set().union(*words))
         from_words = self._from_words.encode_batch_fast(
-            [self.basic_tokenize(text) for text, agreed in zip(texts, plain, strict=True) if not agreed],
+            [self.basic_tokenize(text) for text, agrees in zip(texts, agreeing, strict=True) if not agrees],
             is_pretokenized=True,
             add_special_tokens=False,
         )
         fast, slow = iter(words), iter(from_words)
         return [
-            list(chain.from_iterable([known[word] for word in next(fast)])) if agreed else next(slow).ids
-            for agreed in plain
+            list(chain.from_iterable([ids[word] for word in next(fast)])) if agrees else next(slow).ids
+            for agrees in agreeing
         ]
 
     def _ids_of_words(self, words: set[str]) -> dict[str, list[int]]:
-        """The ids of what stands between spaces; what was met before is remembered.
+        """Return a dictionary that has the ids of at least these words, from the cache or computed.
 
-        A text of plain characters is cut at spaces before all else, so its ids are those of its words.
+        The words stand between spaces in text of `_AGREEING` characters: it is split there first, so its ids are those
+        of its words.
         """
-        new = [word for word in words if word not in self._known]
-        if sum(map(len, new)) + self._known_characters > _MOST_KNOWN_CHARACTERS:
-            self._known, self._known_characters = {}, 0
+        new = [word for word in words if word not in self._cached]
+        if sum(map(len, new)) + self._cached_characters > _MOST_CACHED_CHARACTERS:
+            self._cached, self._cached_characters = {}, 0
             new = list(words)
         encoded = self._from_text.encode_batch_fast(new, add_special_tokens=False)
-        self._known.update(zip(new, (encoding.ids for encoding in encoded), strict=True))
-        self._known_characters += sum(map(len, new))
-        return self._known
+        self._cached.update(zip(new, (encoding.ids for encoding in encoded), strict=True))
+        self._cached_characters += sum(map(len, new))
+        return self._cached
 
     def convert_tokens_to_ids(self, tokens: Iterable[str]) -> list[int]:
-        """The id of each token. Raises ValueError, naming it, for one the vocabulary lacks."""
+        """Return the id of each token. Raise ValueError for a token that the vocabulary lacks."""
         ids: list[int] = []
         for token in tokens:
             if token not in self.vocab:
@@ -213,7 +215,7 @@ class BertTokenizer:
         return ids
 
     def convert_ids_to_tokens(self, ids: Iterable[int]) -> list[str]:
-        """The token of each id. Raises ValueError, naming it, for one outside the vocabulary."""
+        """Return the token of each id. Raise ValueError for an id outside the vocabulary."""
         tokens: list[str] = []
         for index in ids:
             if not 0 <= index < len(self._tokens):
@@ -222,7 +224,7 @@ class BertTokenizer:
         return tokens
 
     def save_vocabulary(self, folder: str | Path) -> Path:
-        """Write vocab.txt, whole or not at all; one that was read is written byte for byte. Returns its path."""
+        """Write FOLDER/vocab.txt atomically, byte for byte as it was read; return its path."""
         target = Path(folder) / VOCAB_NAME
         target.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(target, lambda file: file.write(self.vocabulary_file))

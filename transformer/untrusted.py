@@ -1,7 +1,7 @@
-"""Looks at a file from a stranger before it is read: how large it is, and what reading it would take.
+"""Check files from strangers before they are read: their size, and the memory that reading them would take.
 
-A few bytes can ask for any amount of memory: a size in a pickle, a zip entry that expands, a tensor whose numbers all
-lie on one place of the file. That is checked here from the file's outside, before a reader allocates what it asks for.
+A few bytes can make a reader allocate any amount of memory: a size in a pickle, a compressed zip entry, a tensor whose
+values all share one place of the file. The checks here allocate little themselves.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any
 
 from transformer.errors import UserError
 
-_MOST_PICKLE = 64 * 2**20  # bytes; of BERT-large it has 60 thousand
+_MOST_PICKLE = 64 * 2**20  # bytes, without tensors' values; BERT-large has 60 thousand
 _MOST_ENTRIES = 100_000
-_LEGACY_PICKLES = 5  # in torch's old format: a mark, a version, the machine, the tensors, the keys of their values
-# What a dictionary of tensors is made of. Others that torch allows make objects of any size from a number alone.
+_LEGACY_PICKLES = 5  # in torch's old format: magic number, version, system, tensors, storage keys
+# The names that a dictionary of tensors needs. Others that torch allows make objects of any size from a number.
 _ALLOWED = re.compile(
     r"collections OrderedDict"
     r"|torch\._utils (_rebuild_tensor|_rebuild_tensor_v2|_rebuild_sparse_tensor)"
@@ -32,40 +32,40 @@ _ALLOWED = re.compile(
 )
 _WITH_NAMES = ("GLOBAL", "INST")
 _NUMBERS = ("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4")
-_SMALL = 2**16  # a number of which nothing large comes
-_MAGIC = 0x1950A86A20F9469CFC6C  # the old format's mark
+_SMALL = 2**16  # numbers up to this are harmless in a file of any size
+_MAGIC = 0x1950A86A20F9469CFC6C  # the old format's magic number
 
 
 class OtherObjects(ValueError):
-    """A pickle makes other objects than a dictionary of tensors needs."""
+    """A pickle would create other objects than a dictionary of tensors needs."""
 
 
 def read_limited(path: Path, most: int) -> bytes:
-    """The content of a file that is small by its nature.
+    """Return the content of a file of at most `most` bytes.
 
     Raises:
-        OSError: it cannot be read.
-        UserError: it is no file (a pipe or a device has no end), or is larger than `most` bytes.
+        OSError: the file cannot be read.
+        UserError: it is a pipe or a device, which may have no end, or is larger.
     """
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     with open(descriptor, "rb") as file:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
-            raise UserError(f"{path}: is no ordinary file")
+            raise UserError(f"{path}: is not a regular file")
         content = file.read(status.st_size + 1) if status.st_size <= most else b""
     if status.st_size > most:
         raise UserError(
-            f"{path}: has {status.st_size / 1e6:.1f} MB, more than the {most / 1e6:.0f} MB that such a file can need"
+            f"{path}: has {status.st_size / 1e6:.1f} MB, more than the {most / 1e6:.0f} MB allowed for such a file"
         )
     return content
 
 
 def directory_size(path: Path) -> int:
-    """The bytes that a zip file's directory takes, by its end, which is all that is read.
+    """Return the size in bytes of a zip file's central directory; only the end of the file is read.
 
     Raises:
-        OSError: it cannot be read.
-        zipfile.BadZipFile: it has no such end.
+        OSError: the file cannot be read.
+        zipfile.BadZipFile: it has no end-of-directory record.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -84,11 +84,11 @@ def directory_size(path: Path) -> int:
 
 
 def check_pickled(path: Path) -> None:
-    """Checks a file of torch's, of either format, before torch reads it.
+    """Check a file that torch.save wrote, in the zip or the legacy format, before torch reads it.
 
     Raises:
-        OtherObjects: reading it would make other objects than tensors.
-        ValueError: it would take more memory than the file's size; or it is broken.
+        OtherObjects: reading it would create other objects than tensors.
+        ValueError: reading it would take more memory than the file's size; or it is broken.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -105,19 +105,19 @@ def check_pickled(path: Path) -> None:
 
 def _check_zip(path: Path, size: int) -> None:
     if directory_size(path) > _MOST_ENTRIES * 200:
-        raise ValueError("it holds too many entries")
+        raise ValueError("it has too many entries")
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-                raise ValueError("its tensors are compressed, which torch never does")
+                raise ValueError("its entries are compressed, which torch never does")
             if len({entry.filename for entry in entries}) < len(entries):
-                raise ValueError("it holds an entry twice")
+                raise ValueError("it has an entry twice")
             if sum(entry.file_size for entry in entries) > size:
-                raise ValueError("its entries together are larger than itself")
+                raise ValueError("its entries together are larger than the file")
             pickles = [entry for entry in entries if entry.filename.endswith("data.pkl")]
             if len(pickles) != 1 or pickles[0].file_size > _MOST_PICKLE:
-                raise ValueError("it holds no pickle of tensors, or too large a one")
+                raise ValueError("it has no pickle of tensors, or one that is too large")
             with archive.open(pickles[0]) as file:
                 _check_opcodes(file, size)
     except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError) as error:
@@ -125,30 +125,30 @@ def _check_zip(path: Path, size: int) -> None:
 
 
 def _check_opcodes(file: Any, size: int) -> None:
-    """Reads a pickle's instructions without following them. Raises as `check_pickled`."""
+    """Read a pickle's opcodes without executing them; raise the errors of `check_pickled`."""
     argument: Any
     for opcode, argument, _ in pickletools.genops(file):
         if opcode.name in _WITH_NAMES and not _ALLOWED.fullmatch(str(argument)):
             raise OtherObjects(f"it names {str(argument)[:80].replace(' ', '.')}")
         if opcode.name == "STACK_GLOBAL":
-            raise OtherObjects("it names what its instructions make up")
+            raise OtherObjects("it computes the names of its objects")
         if opcode.name in _NUMBERS and abs(int(argument)) > max(size, _SMALL) and argument != _MAGIC:
-            raise ValueError("it speaks of more numbers than the file can hold")
+            raise ValueError("it states a larger size than the file can hold")
 
 
 def check_tensors(weights: Mapping[Any, Any], size: int) -> None:
-    """Checks tensors that were read without their values, on the meta device, before those are read.
+    """Check tensors on the meta device, before their values are read.
 
     Args:
-        weights: what the pickle holds, if it is a dictionary of tensors at all.
+        weights: the unpickled dictionary; values that are not tensors are ignored.
         size: of the file in bytes.
 
     Raises:
-        ValueError: the tensors have more values than the file; several may share theirs, as tied weights do.
+        ValueError: the tensors have more values than the file; several may share values, as tied weights do.
     """
-    # Known by what they have: whoever reads no weights does not wait for torch.
+    # Without isinstance(..., torch.Tensor), so that this module need not import torch.
     tensors = [t for t in weights.values() if str(getattr(t, "layout", "")) == "torch.strided"]
     if any(tensor.numel() * tensor.itemsize > size for tensor in tensors):
-        raise ValueError("a tensor in it has more values than the file")
+        raise ValueError("one of its tensors has more values than the file")
     if sum(tensor.numel() * tensor.itemsize for tensor in tensors) > 4 * size:
         raise ValueError("its tensors have more values than the file")

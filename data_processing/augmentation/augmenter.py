@@ -1,7 +1,7 @@
-"""Rows in, augmented rows out: the words of every text, their candidates, the new texts.
+"""Augment rows: find the words of every text and their candidates, and make new texts.
 
-A block of rows is worked on at a time, so that memory does not grow with the file. What comes of a row depends on the
-seed, its number and its texts, not on what else is worked on beside it.
+Rows are processed in blocks, so that memory does not grow with the file. The new texts of a row depend on the seed, the
+row's number and its texts, not on the other rows of the block.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from data_processing.augmentation.replacements import is_replaceable, new_texts
 from data_processing.examples import Row
 from transformer.tokenization import BertTokenizer
 
-BLOCK = 500  # rows; whole ones are what a run that goes on finds done
+BLOCK = 500  # rows; a run can be resumed after each block
 
 
 @dataclass(frozen=True)
 class Settings:
-    """n: new texts made of one, at most. m: candidates of a word, at most. p: how often a word is replaced."""
+    """n: most new texts per text. m: most candidates per word. p: probability that a word is replaced."""
 
     n: int
     m: int
@@ -30,9 +30,9 @@ class Settings:
 
 @dataclass
 class Augmenter:
-    """Makes new texts of texts.
+    """Makes new texts by replacing words.
 
-    vectors: of the words of several pieces; without them such words stay themselves.
+    masked: predicts words of one piece. vectors: of words of several pieces, which stay as they are without vectors.
     """
 
     settings: Settings
@@ -42,7 +42,7 @@ class Augmenter:
     _neighbours: dict[str, list[str]] = field(default_factory=dict)
 
     def augment(self, rows: Sequence[Row], first: int) -> list[list[tuple[str, ...]]]:
-        """The texts that come of each row: its own as they stand, then each side's new ones beside the other's own.
+        """Return the texts for each row: the original ones, then each new text beside the original other side.
 
         Args:
             rows: a block of a file's rows.
@@ -50,43 +50,38 @@ class Augmenter:
         """
         sides = list(zip(*(row.texts for row in rows), strict=True))
         words = [[self.tokenizer.basic_tokenize(text) for text in side] for side in sides]
-        candidates = self.candidates([text for side in words for text in side])
-        made: list[list[tuple[str, ...]]] = [[row.texts] for row in rows]
+        candidates = iter(self.candidates([text for side in words for text in side]))
+        n, p, seed = self.settings.n, self.settings.p, self.settings.seed
+        augmented: list[list[tuple[str, ...]]] = [[row.texts] for row in rows]
         for side, texts in enumerate(sides):
             for number, text in enumerate(texts):
-                new = new_texts(
-                    text,
-                    words[side][number],
-                    candidates[side * len(texts) + number],
-                    self.settings.n,
-                    self.settings.p,
-                    f"{self.settings.seed} {first + number} {side}",
-                )
-                own = rows[number].texts
-                made[number] += [(*own[:side], changed, *own[side + 1 :]) for changed in new]
-        return made
+                key = f"{seed} {first + number} {side}"
+                row = rows[number].texts
+                for new in new_texts(text, words[side][number], next(candidates), n, p, key):
+                    augmented[number].append((*row[:side], new, *row[side + 1 :]))
+        return augmented
 
     def candidates(self, texts: Sequence[Sequence[str]]) -> list[dict[int, list[str]]]:
-        """For each text, given as its basic tokens, the candidates of the words that have any, by their places."""
+        """Return the candidates of each text's words that have any, by the word's index; texts are basic tokens."""
         pieces = self._pieces({word for words in texts for word in words})
         places: list[dict[int, Place]] = []
-        several: set[str] = set()
+        several: set[str] = set()  # words of several pieces
         for words in texts:
-            cut = [piece for word in words for piece in pieces[word]]
-            here, begin = {}, 0
+            encoded = [piece for word in words for piece in pieces[word]]
+            of_text, begin = {}, 0
             for number, word in enumerate(words):
                 if is_replaceable(word):
                     if len(pieces[word]) == 1:
-                        here[number] = place_in(cut, begin, self.masked.longest)
+                        of_text[number] = place_in(encoded, begin, self.masked.longest)
                     else:
                         several.add(word)
                 begin += len(pieces[word])
-            places.append(here)
-        likely = self.masked.candidates([place for here in places for place in here.values()], self.settings.m)
+            places.append(of_text)
+        predicted = self.masked.candidates([p for of_text in places for p in of_text.values()], self.settings.m)
         self._find_neighbours(several)
         result = []
-        for words, here in zip(texts, places, strict=True):
-            found = {number: likely[place] for number, place in here.items()}
+        for words, of_text in zip(texts, places, strict=True):
+            found = {number: predicted[place] for number, place in of_text.items()}
             found |= {n: self._neighbours[word] for n, word in enumerate(words) if word in several}
             result.append({number: found[number] for number in sorted(found) if found[number]})
         return result
@@ -97,7 +92,7 @@ class Augmenter:
 
     def _find_neighbours(self, words: set[str]) -> None:
         new = sorted(words - self._neighbours.keys())
-        # A file that tells case apart, as GloVe's 840B, has words that the tokenizer would not give.
+        # A case-sensitive file, as GloVe's 840B, has words that a lower-casing tokenizer cannot return.
         form = str.lower if self.tokenizer.do_lower_case else str
         found = self.vectors.neighbours(new, self.settings.m, form) if self.vectors is not None else {}
         for word in new:

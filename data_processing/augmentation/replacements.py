@@ -1,6 +1,6 @@
-"""Which words of a text may be replaced, and the new texts that replacing them makes (paper, algorithm 1).
+"""Choose the words of a text that may be replaced, and make new texts from candidates (paper, algorithm 1).
 
-Where candidates for a word come from is not known here (`masked_words.py`, `glove.py`).
+Candidates come from `masked_words.py` and `glove.py`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 
-# NLTK's English list without the words that ask, and with 's and 're.
+# NLTK's English list without interrogatives (what, why, ...), and with 's and 're.
 STOP_WORDS = frozenset(
     """
     i me my myself we our ours ourselves you you're you've you'll you'd your yours yourself yourselves he him his
@@ -26,34 +26,34 @@ _LETTERS = re.compile("[a-z]+")
 
 
 def is_replaceable(word: str) -> bool:
-    """Whether a basic token may be replaced: it is purely a-z, and no stop word."""
+    """Return whether a basic token may be replaced: it has only letters a-z and is not a stop word."""
     return word not in STOP_WORDS and _LETTERS.fullmatch(word) is not None
 
 
 def new_texts(
     original: str, words: Sequence[str], candidates: Mapping[int, Sequence[str]], n: int, p: float, key: str
 ) -> list[str]:
-    """Up to `n` new texts, each different from the others, from the original and from the original's words.
+    """Return up to `n` new texts, different from each other, from the original and from the original's joined words.
 
-    `n` times each word that has candidates is replaced, with probability `p`, by one of them drawn at random.
+    In each of `n` passes every word with candidates is replaced, with probability `p`, by a random one of them.
 
     Args:
-        original: the text as it stands.
+        original: the unchanged text.
         words: its basic tokens.
-        candidates: of a word's place in `words`. A word may be among its own candidates.
+        candidates: of words, by their index in `words`. A word may be among its own candidates.
         key: seeds the draws: the same key gives the same texts.
     """
     if not candidates:
         return []
-    draw = random.Random(key).random  # of a text it is seeded by all of its bytes
-    made, known = [], {original, " ".join(words)}
+    draw = random.Random(key).random  # all bytes of a string seed it
+    texts, known = [], {original, " ".join(words)}
     for _ in range(n):
         text = list(words)
-        for place, choices in candidates.items():
+        for index, choices in candidates.items():
             if draw() < p:
-                text[place] = choices[int(draw() * len(choices))]
+                text[index] = choices[int(draw() * len(choices))]
         joined = " ".join(text)
         if joined not in known:
             known.add(joined)
-            made.append(joined)
-    return made
+            texts.append(joined)
+    return texts

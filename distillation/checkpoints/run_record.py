@@ -1,6 +1,7 @@
-"""run.json beside a model: what made it, from which data and weights, where and when, and what it is worth.
+"""run.json beside a model: the run that made it, its data and weights, the machine, and the model's metric.
 
-No environment is written down, and no address keeps its credentials.
+No environment is recorded, and no address keeps its credentials. `changed_settings` compares two records: a run is
+resumed only with the settings, data and models that it began with.
 """
 
 from __future__ import annotations
@@ -22,62 +23,156 @@ import safetensors
 import tokenizers
 import torch
 
+from data_processing.cache import digest
 from data_processing.downloads.addresses import Address, redact
 from data_processing.files import file_digest
 from data_processing.tasks import Task
+from distillation.models import RUN_NAME
 from distillation.options import Options
 from distillation.runtime.device import Process
-from distillation.training.trainer import Outcome
+from distillation.runtime.files import read_json_object
 from transformer.errors import UserError
-from transformer.file_utils import CONFIG_NAME, SAFETENSORS_NAME, VOCAB_NAME, WEIGHTS_NAME
-from transformer.saving import read_manifest, write_atomically
+from transformer.file_utils import CONFIG_NAME, SAFETENSORS_NAME, VOCAB_NAME, WEIGHTS_NAME, write_atomically
 
-RUN_NAME = "run.json"
 _ROOT = Path(__file__).resolve().parents[2]
+# Flags that do not change the weights, and flags of paths, whose content is compared instead.
+_NOT_COMPARED = {
+    *("data_dir", "teacher_model", "student_model", "output_dir", "fps_acc_dir", "cache", "data_url", "do_lower_case"),
+    *("workers", "device", "device_list", "addr", "port", "output_txt_step", "predict_file", "overwrite_output_dir"),
+    *("resume", "save_steps", "addresses", "downloads", "fetched_from"),
+}
 
 
 def now() -> str:
-    """The time, in UTC."""
+    """Return the time in UTC."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def describe(options: Options, process: Process) -> dict[str, Any]:
-    """What is known of a run when it begins."""
+def describe_run(
+    options: Options, process: Process, digests: Mapping[str, str], precision: str, **more: Any
+) -> dict[str, Any]:
+    """Return the record of a run that begins.
+
+    Args:
+        digests: of the datasets and models that the run reads, by the names that messages give them.
+        precision: the name of the one in use; the device has a part in that choice.
+        more: further entries.
+    """
     task = options.task
     names = (task.augmented_file if options.aug_train else task.train_file, *task.dev_files)
     files = [options.data_dir / name for name in names]
     for folder in (options.teacher_model, options.student_model):
-        files += [] if folder is None else _files_of(folder)
-    return {
+        files += [] if folder is None else _model_files(folder)
+    # The name of a task is a flag; the rest may come from a file.
+    description = {name: value for name, value in vars(task).items() if name != "metric"}
+    record = {
         "stage": options.stage.value,
         "flags": flags_of(options),
-        "versions": versions(),
+        "versions": _versions(),
         "revision": revision(),
-        "machine": machine(process),
-        "sha256": digests(files),
+        "machine": _machine(process),
+        "sha256": _file_digests(files),
+        "compared": {
+            "the device": process.device.type,
+            "the number of processes": process.world_size,
+            "the precision": precision,
+            "the metric that chooses": task.metric.chosen_by,
+            "the task's description": digest(**description),
+            **digests,
+        },
         "begun": now(),
+        **more,
     }
+    return json.loads(json.dumps(record))
 
 
 def describe_command(name: str, flags: Mapping[str, Any], models: list[Path]) -> dict[str, Any]:
-    """What is known of a command that makes a model without training it, from the files of others."""
+    """Return the record of a command that makes a model from others without training it."""
     return {
         "command": name,
         "flags": {flag: _plain(value) for flag, value in flags.items()},
-        "versions": versions(),
+        "versions": _versions(),
         "revision": revision(),
-        "sha256": digests([path for folder in models for path in _files_of(folder)]),
+        "sha256": _file_digests([path for folder in models for path in _model_files(folder)]),
         "finished": now(),
     }
 
 
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """Return the record in a folder's run.json, if it is one of a training run."""
+    record = read_json_object(folder / RUN_NAME)
+    return record if is_run(record) else None
+
+
+def is_run(record: Any) -> bool:
+    """Return whether a value read from a file has the entries that `changed_settings` compares."""
+    return isinstance(record, dict) and all(isinstance(record.get(name), dict) for name in ("flags", "compared"))
+
+
+def write_run(folder: Path, record: Mapping[str, Any], model: Mapping[str, str]) -> None:
+    """Write FOLDER/run.json.
+
+    Args:
+        model: the SHA-256 of the model's files, by name.
+
+    Raises:
+        UserError: it cannot be written; an older one is untouched.
+    """
+    text = json.dumps({**record, "model": model}, indent=2, ensure_ascii=False)
+    try:
+        write_atomically(folder / RUN_NAME, lambda file: file.write(text.encode("utf-8") + b"\n"))
+    except OSError as error:
+        raise UserError(f"{folder / RUN_NAME}: cannot be written ({error.strerror or error})") from None
+
+
+def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Return a phrase for each setting, dataset and model that differs between the records of two runs."""
+    old, new = _settings(before), _settings(after)
+    return [_change(name, old.get(name), new.get(name)) for name in {**old, **new} if old.get(name) != new.get(name)]
+
+
+def changed_surroundings(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Return a phrase for each version or property of the machine that differs: they may change the last bits."""
+    changed = [
+        f"{name} was {old}, is {after.get(part, {}).get(name)}"
+        for part in ("versions", "machine")
+        for name, old in before.get(part, {}).items()
+        if after.get(part, {}).get(name) != old
+    ]
+    if before.get("revision") != after.get("revision"):
+        changed.append(f"this project's revision was {before.get('revision')}, is {after.get('revision')}")
+    return changed
+
+
+def _settings(record: Mapping[str, Any]) -> dict[str, Any]:
+    flags = {f"--{name}": value for name, value in record["flags"].items() if name not in _NOT_COMPARED}
+    return {"the stage": record.get("stage"), **flags, **record["compared"]}
+
+
+def _change(name: str, old: Any, new: Any) -> str:
+    if any(isinstance(value, str) and re.fullmatch("[0-9a-f]{32}", value) for value in (old, new)):  # a digest
+        return f"{name} has changed"
+    return f"{name} was {_readable(old)}, is {_readable(new)}"
+
+
+def _readable(value: Any) -> str:
+    if value is None:
+        return "not set"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def flags_of(options: Options) -> dict[str, Any]:
-    """The options as their flags say them."""
+    """Return the options under the names of their flags."""
     names = {"task": "task_name"}
     return {names.get(f.name, f.name): _plain(getattr(options, f.name)) for f in fields(options) if f.name != "stage"}
 
 
 def _plain(value: Any) -> Any:
+    """Return a flag's value as JSON can hold it, without credentials."""
     if isinstance(value, Task):
         return value.name
     if isinstance(value, Enum):
@@ -90,19 +185,16 @@ def _plain(value: Any) -> Any:
         return value.redacted
     if isinstance(value, (list, tuple)):
         return [_plain(part) for part in value]
-    return (
-        {key: _plain(part) for key, part in asdict(value).items()} if hasattr(value, "__dataclass_fields__") else value
-    )
+    return _plain(asdict(value)) if hasattr(value, "__dataclass_fields__") else value
 
 
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that compute."""
+def _versions() -> dict[str, str]:
     packages = {"torch": torch, "numpy": numpy, "tokenizers": tokenizers, "safetensors": safetensors}
     return {"python": platform.python_version(), **{name: str(p.__version__) for name, p in packages.items()}}
 
 
 def revision() -> str | None:
-    """The project's revision, `-dirty` where files of it were changed since; None where git cannot tell."""
+    """Return the project's git revision, with `-dirty` where its files were changed; None without git."""
     if not (_ROOT / ".git").exists():
         return None
     command = ["git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
@@ -113,8 +205,7 @@ def revision() -> str | None:
     return done.stdout.strip() or None
 
 
-def machine(process: Process) -> dict[str, Any]:
-    """The processor, and the accelerator where there is one."""
+def _machine(process: Process) -> dict[str, Any]:
     found = {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -139,43 +230,11 @@ def _processor() -> str:
     return named[1].strip() if named else platform.processor() or platform.machine()
 
 
-def _files_of(folder: Path) -> list[Path]:
+def _model_files(folder: Path) -> list[Path]:
     weights = SAFETENSORS_NAME if (folder / SAFETENSORS_NAME).is_file() else WEIGHTS_NAME
     return [folder / name for name in (CONFIG_NAME, VOCAB_NAME, weights)]
 
 
-def digests(files: list[Path]) -> dict[str, str]:
-    """The SHA-256 of each file that is there."""
+def _file_digests(files: list[Path]) -> dict[str, str]:
+    """Return the SHA-256 of each file that exists."""
     return {_plain(path): file_digest(path) for path in files if path.is_file()}
-
-
-def best_of(outcome: Outcome, task: Task) -> dict[str, Any] | None:
-    """The metric that chose the checkpoint; None where none did."""
-    if not outcome.best_step:
-        return None
-    chosen = {"metric": task.metric.chosen_by, "value": outcome.best, "step": outcome.best_step}
-    return {**chosen, "chosen_on": task.dev_files[0]}
-
-
-def write_run(folder: Path, content: Mapping[str, Any]) -> None:
-    """Writes FOLDER/run.json, with the hashes of the model that is there.
-
-    Raises:
-        UserError: it cannot be written; an older one is whole.
-    """
-    manifest = read_manifest(folder)
-    model = {name: known["sha256"] for name, known in manifest["files"].items()} if manifest else {}
-    text = json.dumps({**content, "model": model}, indent=2, ensure_ascii=False)
-    try:
-        write_atomically(folder / RUN_NAME, lambda file: file.write(text.encode("utf-8") + b"\n"))
-    except OSError as error:
-        raise UserError(f"{folder / RUN_NAME}: cannot be written ({error.strerror or error})") from None
-
-
-def read_object(path: Path) -> dict[str, Any] | None:
-    """The object of a JSON file; None where there is none."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None

@@ -1,15 +1,15 @@
-"""A masked language model for data augmentation: read from a folder, or taught to an encoder that has none.
+"""A masked language model for data augmentation: load it from a folder, or train a head for an encoder without one.
 
-The loop here is a short one of its own: `trainer.py`'s teaches a classifier on labelled features, by a task's metric,
-in several processes; this one has neither labels nor metric, draws its targets anew for every batch, and takes
-minutes.
+The training loop is separate from `training/trainer.py`: it has no labels and no metric, draws new targets for every
+batch, runs in one process, and takes minutes.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -33,16 +33,16 @@ from transformer.tokenization import BertTokenizer
 logger = logging.getLogger(__name__)
 
 HEAD = "cls.predictions."
-_SHARE, _AS_MASK, _AS_OTHER = 0.15, 0.8, 0.1  # of the tokens that are predicted; of those masked, and replaced
+IGNORED = -100  # target of tokens that are not predicted
+_PREDICTED, _MASKED, _RANDOM = 0.15, 0.8, 0.1  # share of tokens; of those the shares replaced by [MASK], by any token
 _BATCH, _WARMUP = 32, 0.1
 _HEAD_RATE, _ENCODER_RATE = 1e-3, 1e-4
 _LONGEST = 128  # pieces
-_BATCHES_SORTED = 50  # texts of so many batches are sorted by length before they are cut into batches
-IGNORED = -100
+_BATCHES_SORTED = 50  # the texts of so many batches are sorted by length before they are split into batches
 
 
 class MaskedLM(NamedTuple):
-    """A model, its tokenizer, and whether its checkpoint has the head that predicts masked words."""
+    """A model, its tokenizer, and whether its checkpoint has the masked-LM head."""
 
     model: BertForMaskedLM
     tokenizer: BertTokenizer
@@ -50,26 +50,26 @@ class MaskedLM(NamedTuple):
 
 
 def load_masked_lm(folder: Path, do_lower_case: bool, seed: int = 0) -> MaskedLM:
-    """Reads a BERT with its masked-LM head; a head that the folder lacks is drawn anew.
+    """Load a BERT with its masked-LM head; a head that the folder lacks is initialized at random.
 
     Raises:
         UserError: a file is missing or broken, the vocabulary has no [MASK] or does not fit, or part of a head is
             missing.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; expected a BERT's folder with config.json, weights and vocab.txt")
+        raise UserError(f"{folder}: no such folder; expected a BERT with config.json, weights and vocab.txt")
     config = BertConfig.from_pretrained(folder)
     tokenizer = BertTokenizer.from_pretrained(folder, do_lower_case)
     if len(tokenizer) > config.vocab_size:
         raise UserError(
-            f"{folder}: the vocabulary has {len(tokenizer)} tokens, config.json says vocab_size {config.vocab_size}"
+            f"{folder}: the vocabulary has {len(tokenizer)} tokens, vocab_size in config.json is {config.vocab_size}"
         )
     if tokenizer.mask_token_id is None:
-        raise UserError(f"{folder}: the vocabulary has no [MASK], which the words to be predicted are replaced by")
+        raise UserError(f"{folder}: the vocabulary has no [MASK], which replaces the words to predict")
     weights = with_encoder_prefix(read_weights(folder))
     has_head = any(key.startswith(HEAD) for key in weights)
     seed_process(seed, 0)
-    with torch.device("meta"), NoNewWeights():  # sizes that the weights lack are refused before they are made
+    with torch.device("meta"), NoNewWeights():  # check shapes before allocating memory
         check_weights(BertForMaskedLM(config), weights, folder)
     with NoNewWeights() if has_head else nullcontext():
         model = BertForMaskedLM(config)
@@ -80,13 +80,13 @@ def load_masked_lm(folder: Path, do_lower_case: bool, seed: int = 0) -> MaskedLM
     return MaskedLM(model.eval(), tokenizer, has_head)
 
 
-def pieces_of(texts: Sequence[str], tokenizer: BertTokenizer) -> list[list[int]]:
-    """The texts as ids with [CLS] and [SEP], the longest cut, those without any piece left out."""
+def encode_texts(texts: Sequence[str], tokenizer: BertTokenizer) -> list[list[int]]:
+    """Return the texts as ids with [CLS] and [SEP], truncated, without the texts that have no piece."""
     encoded = tokenizer.encode_batch(texts)
     return [[tokenizer.cls_token_id, *ids[: _LONGEST - 2], tokenizer.sep_token_id] for ids in encoded if ids]
 
 
-def train(
+def train_masked_lm(
     masked_lm: MaskedLM,
     texts: Sequence[Sequence[int]],
     steps: int,
@@ -94,124 +94,112 @@ def train(
     half: torch.dtype | None = None,
     train_encoder: bool = True,
 ) -> float:
-    """Teaches a model to predict masked words of texts (Devlin et al. 2019, section 3.1, task 1).
+    """Train a model to predict masked words of texts (Devlin et al. 2019, section 3.1, task 1).
 
-    The output weights stay tied to the word embeddings. The output bias of a new head begins at the logarithms of the
+    The output weights stay tied to the word embeddings. The output bias of a new head starts at the logarithms of the
     tokens' frequencies, which saves the first hundreds of steps.
 
     Args:
-        masked_lm: its model is on the device that it is trained on.
-        texts: as `pieces_of` gives them; a twentieth of them, 500 at most, is held out.
-        steps: of 32 texts each, with a rate that rises for a tenth of them and then falls.
-        half: the type of its matrix products; None for fp32.
-        train_encoder: whether the encoder learns too, or the head alone.
+        masked_lm: its model is on the device to train on.
+        texts: from `encode_texts`; a twentieth of them, at most 500, is held out.
+        steps: of 32 texts each; the learning rate rises for a tenth of them and then falls.
+        half: dtype of the matrix products; None for fp32.
+        train_encoder: whether to train the encoder too, or the head alone.
 
     Returns:
-        The share of the held-out texts' masked tokens that are predicted rightly.
+        The share of the held-out texts' masked tokens that are predicted correctly.
 
     Raises:
         UserError: there are too few texts, or the loss is not finite.
     """
     if len(texts) < 2:
-        raise UserError("--train_mlm_head: there are too few texts to learn from")
+        raise UserError("--train_mlm_head: there are too few texts to train on")
     model, tokenizer = masked_lm.model, masked_lm.tokenizer
     random = np.random.default_rng(seed)
     order = random.permutation(len(texts))
-    held = order[: max(1, min(500, len(texts) // 20))]
-    learned = order[len(held) :]
+    held_out, training = np.split(order, [max(1, min(500, len(texts) // 20))])
     model.train()
     model.bert.requires_grad_(train_encoder)
     model.bert.pooler.requires_grad_(False)
     seed_process(seed, 0)
     if not masked_lm.has_head:
         model.cls.predictions.bias.data.copy_(_log_frequencies(texts, model.config.vocab_size))
-    groups = [{**group, "lr": _ENCODER_RATE} for group in decay_groups(model.bert, 0.01)] if train_encoder else []
-    known = {id(parameter) for group in groups for parameter in group["params"]}
-    for group in decay_groups(model.cls, 0.01):  # the output weights are the encoder's
-        own = [parameter for parameter in group["params"] if id(parameter) not in known]
-        groups.append({**group, "params": own})
-    optimizer = BertAdam(groups, lr=_HEAD_RATE, warmup=_WARMUP, t_total=steps, schedule="warmup_linear")
+    optimizer = _optimizer(model, steps, train_encoder)
     progress = Progress("training the masked-LM head", steps)
-    losses: list[Tensor] = []
-    for step, batch in zip(range(1, steps + 1), _batches(texts, learned, random), strict=False):
+    losses: deque[Tensor] = deque(maxlen=100)
+    for step, batch in zip(range(1, steps + 1), _batches(texts, training, random), strict=False):
         optimizer.zero_grad()
-        loss = _loss(model, tokenizer, batch, random, half)
+        loss = functional.cross_entropy(*_scores_and_targets(model, tokenizer, batch, random, half))
         loss.backward()
         optimizer.step()
-        losses = [*losses[-99:], loss.detach()]
-        progress.advance(partial(_shown, losses))
-        if step % 100 == 0 or step == steps:
-            _check_finite(losses, step)
+        losses.append(loss.detach())
+        progress.advance(partial(_mean_loss, losses))
+        if (step % 100 == 0 or step == steps) and not math.isfinite(float(torch.stack(list(losses)).sum())):
+            raise UserError(f"--train_mlm_head: the loss is not finite by step {step}")
     progress.close()
     model.eval().requires_grad_(True)
-    return masked_accuracy(masked_lm, [texts[number] for number in held], seed, half)
+    return masked_accuracy(masked_lm, [texts[number] for number in held_out], seed, half)
 
 
 def masked_accuracy(
     masked_lm: MaskedLM, texts: Sequence[Sequence[int]], seed: int, half: torch.dtype | None = None
 ) -> float:
-    """The share of masked tokens that the model predicts rightly; the seed chooses which are masked."""
+    """Return the share of masked tokens that the model predicts correctly; the seed chooses the tokens."""
     random = np.random.default_rng(seed)
-    right = total = 0
+    correct = total = 0
     order = np.argsort([len(text) for text in texts], kind="stable")
     with torch.inference_mode():
         for start in range(0, len(order), _BATCH):
             batch = [texts[number] for number in order[start : start + _BATCH]]
-            scores, targets = _predicted(masked_lm.model, masked_lm.tokenizer, batch, random, half)
-            right += int((scores.argmax(dim=1) == targets).sum())
+            scores, targets = _scores_and_targets(masked_lm.model, masked_lm.tokenizer, batch, random, half)
+            correct += int((scores.argmax(dim=1) == targets).sum())
             total += len(targets)
-    return right / total
+    return correct / total
+
+
+def _optimizer(model: BertForMaskedLM, steps: int, train_encoder: bool) -> BertAdam:
+    """Return the optimizer of the head and, at a tenth of its rate, of the encoder with the tied output weights."""
+    groups = [{**group, "lr": _ENCODER_RATE} for group in decay_groups(model.bert, 0.01)] if train_encoder else []
+    in_encoder = {id(parameter) for group in groups for parameter in group["params"]}
+    for group in decay_groups(model.cls, 0.01):
+        own = [parameter for parameter in group["params"] if id(parameter) not in in_encoder]
+        groups.append({**group, "params": own})
+    return BertAdam(groups, lr=_HEAD_RATE, warmup=_WARMUP, t_total=steps, schedule="warmup_linear")
 
 
 def _log_frequencies(texts: Sequence[Sequence[int]], vocabulary: int) -> Tensor:
-    """[vocabulary] how often each token stands in the texts, one more than counted so that none is never."""
+    """Return the logarithms [vocabulary] of the tokens' shares in the texts, each counted once more than it occurs."""
     counts = np.ones(vocabulary)
     for text in texts:
         np.add.at(counts, text[1:-1], 1)
     return torch.from_numpy(np.log(counts / counts.sum())).float()
 
 
-def _shown(losses: Sequence[Tensor]) -> dict[str, str]:
+def _mean_loss(losses: Iterable[Tensor]) -> dict[str, str]:
     return {"loss": f"{float(torch.stack(list(losses)).mean()):.3f}"}
-
-
-def _check_finite(losses: Sequence[Tensor], step: int) -> None:
-    if not math.isfinite(float(torch.stack(list(losses)).sum())):
-        raise UserError(f"--train_mlm_head: the loss is not finite by step {step}")
 
 
 def _batches(
     texts: Sequence[Sequence[int]], numbers: np.ndarray, random: np.random.Generator
 ) -> Iterator[list[Sequence[int]]]:
-    """Without end: batches of texts of like length, all texts once before any comes again."""
+    """Yield batches of texts of similar lengths without end; each epoch has every text once."""
     while True:
         order = random.permutation(numbers)
         for start in range(0, len(order), _BATCH * _BATCHES_SORTED):
             part = sorted(order[start : start + _BATCH * _BATCHES_SORTED], key=lambda number: len(texts[number]))
             batches = [part[begin : begin + _BATCH] for begin in range(0, len(part), _BATCH)]
-            for place in random.permutation(len(batches)):
-                yield [texts[number] for number in batches[place]]
+            for index in random.permutation(len(batches)):
+                yield [texts[number] for number in batches[index]]
 
 
-def _loss(
-    model: BertForMaskedLM,
-    tokenizer: BertTokenizer,
-    batch: Sequence[Sequence[int]],
-    random: np.random.Generator,
-    half: torch.dtype | None,
-) -> Tensor:
-    scores, targets = _predicted(model, tokenizer, batch, random, half)
-    return functional.cross_entropy(scores, targets)
-
-
-def _predicted(
+def _scores_and_targets(
     model: BertForMaskedLM,
     tokenizer: BertTokenizer,
     batch: Sequence[Sequence[int]],
     random: np.random.Generator,
     half: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
-    """Scores [masked, vocabulary] and ids [masked] of the tokens that are to be predicted."""
+    """Return the scores [masked, vocabulary] and the ids [masked] of the tokens to predict."""
     device = next(model.parameters()).device
     ids, mask, targets = masked_batch(batch, tokenizer, random)
     chosen = torch.from_numpy(targets != IGNORED)
@@ -230,26 +218,26 @@ def _predicted(
 def masked_batch(
     batch: Sequence[Sequence[int]], tokenizer: BertTokenizer, random: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A padded batch [texts, length] with some of its tokens masked.
+    """Return a padded batch [texts, length] in which some tokens are masked.
 
-    Of the pieces between [CLS] and [SEP] 15 % are to be predicted, one at least of each text: 80 % of them become
+    Of the pieces between [CLS] and [SEP] 15 % are to be predicted, at least one of each text: 80 % of them become
     [MASK], 10 % any token, 10 % stay.
 
     Returns:
-        ids; mask, 1 at real tokens and 0 at padding; targets, the ids to be predicted and IGNORED elsewhere.
+        ids; mask: 1 at real tokens, 0 at padding; targets: the ids to predict, IGNORED elsewhere.
     """
     length = max(map(len, batch))
     ids = np.full((len(batch), length), tokenizer.pad_token_id, dtype=np.int64)
     for row, text in zip(ids, batch, strict=True):
         row[: len(text)] = text
     lengths = np.array([len(text) for text in batch])[:, None]
-    places = np.arange(length)[None, :]
-    mask = (places < lengths).astype(np.int64)
-    draws = np.where((places > 0) & (places < lengths - 1), random.random(ids.shape), 2.0)
-    chosen = (draws < _SHARE) | (draws == draws.min(axis=1, keepdims=True))
+    positions = np.arange(length)[None, :]
+    mask = (positions < lengths).astype(np.int64)
+    draws = np.where((positions > 0) & (positions < lengths - 1), random.random(ids.shape), 2.0)
+    chosen = (draws < _PREDICTED) | (draws == draws.min(axis=1, keepdims=True))
     targets = np.where(chosen, ids, IGNORED)
     kind, others = random.random(ids.shape), random.integers(0, len(tokenizer), ids.shape)
     assert tokenizer.mask_token_id is not None  # checked where the model was read
-    ids = np.where(chosen & (kind < _AS_MASK), tokenizer.mask_token_id, ids)
-    ids = np.where(chosen & (kind >= _AS_MASK) & (kind < _AS_MASK + _AS_OTHER), others, ids)
+    ids = np.where(chosen & (kind < _MASKED), tokenizer.mask_token_id, ids)
+    ids = np.where(chosen & (kind >= _MASKED) & (kind < _MASKED + _RANDOM), others, ids)
     return ids, mask, targets

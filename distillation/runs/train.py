@@ -1,7 +1,4 @@
-"""What a process does. Here flags become the parts that train a model; `inference.py` has what uses one.
-
-Everything that the user gave is read and checked first; only then is anything written.
-"""
+"""Train a model: fine-tuning, and both stages of distillation. `train` reads from the flags to the finished run."""
 
 from __future__ import annotations
 
@@ -10,17 +7,18 @@ import logging
 import os
 import time
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
-from data_processing.batching import TrainingPlan
 from data_processing.cache import digest
-from data_processing.features import Features, load_features
+from data_processing.features import load_features
 from data_processing.tasks import augmentation_command
-from distillation.checkpoints.outputs import check_can_make, check_output_dir, make_folder, save_model
-from distillation.checkpoints.results import check_copy, check_results, copy_outputs, results_files, write_results
-from distillation.checkpoints.resume import Found, RunFolder
-from distillation.checkpoints.run_record import best_of, describe
-from distillation.checkpoints.run_settings import compared, digest_of_states
+from distillation.checkpoints.checkpoint import Checkpointer
+from distillation.checkpoints.folder_state import check_writable
+from distillation.checkpoints.outputs import copy_outputs
+from distillation.checkpoints.run_record import describe_run
+from distillation.evaluation import DevSets, Predictor, evaluate_logits, make_predictor
 from distillation.models import (
     LoadedModel,
     check_lengths,
@@ -28,331 +26,202 @@ from distillation.models import (
     check_same_vocabulary,
     choose_case,
     load_complete,
-    load_learner,
+    load_for_training,
     warn_of_changed_weights,
 )
 from distillation.options import Options, Stage
-from distillation.runs.predict import DevSets, make_collator, precision_of, run_evaluation, run_predictions, shown
-from distillation.runs.run_messages import say_outcome, say_settings
 from distillation.runtime.device import Process, local_rank_zero_first, seed_process
-from distillation.runtime.logs import RunLog, check_logs, log_files
-from distillation.runtime.precision import Precision
+from distillation.runtime.logs import RunLog, clock
 from distillation.runtime.signals import Signals, Stopped
-from distillation.teacher.teacher import Teacher, keep_states, load_or_compute_logits, weights_digest
+from distillation.runtime.timings import Timings
+from distillation.teacher.cached_states import load_or_compute_states
+from distillation.teacher.query import TeacherQuery, weights_digest
+from distillation.teacher.teacher import Teacher, load_or_compute_logits, load_or_compute_training_logits
 from distillation.training.losses import choose_layer_map
-from distillation.training.stages import FineTuning, IntermediateStage, PredictionStage, TrainingStage, freeze_unused
-from distillation.training.trainer import Outcome, Schedule, Trainer
+from distillation.training.stages import FineTuning, IntermediateStage, PredictionStage, TrainingStage
+from distillation.training.trainer import Datasets, Outcome, Trainer, steps_of_run
 from transformer.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 
-def run(options: Options, process: Process, signals: Signals | None = None) -> None:
-    """Does what the flags ask for, as one process of the run.
-
-    Args:
-        signals: those that are sent to this process; None where they are not to end it tidily.
-
-    Raises:
-        UserError: what the flags name cannot be used.
-        Stopped: a signal ended the run; one that trained can be resumed.
-    """
-    seed_process(options.seed, 0)  # new weights are the same in every process
-    if options.stage is Stage.EVALUATION:
-        run_evaluation(options, process)
-    elif options.stage is Stage.PREDICTIONS:
-        run_predictions(options, process)
-    else:
-        _train(options, process, signals or Signals())
-    if options.data_url and process.is_main:
-        copy_outputs(options.output_dir, options.data_url, options.task)
-
-
-def _train(options: Options, process: Process, signals: Signals) -> None:
-    """Trains, where there is something left to do."""
-    with process.raise_on_all_ranks():
-        found = Found.look(options.output_dir)
-        check_places(options, process, found)
-        models = _models(options)
-    parts = local_rank_zero_first(process, lambda: TrainingParts.read(options, models))
-    precision = precision_of(options, process)
-    goes_on = options.resume and found.has_run
-    run = {}
-    with process.raise_on_all_ranks():
-        if process.is_main:
-            run = describe(options, process) | {
-                "compared": compared(process, precision.name, options.task, parts.digests())
-            }
-            for loaded in models:
-                if loaded is not None:
-                    warn_of_changed_weights(loaded.folder, run["sha256"])
-            if goes_on:
-                found.check(run)
-    folder = RunFolder(options.output_dir, process, signals, options.save_steps)
-    if process.broadcast(goes_on and found.finished is not None):
-        logger.info("%s: this run has ended already, there is nothing to go on with", options.output_dir)
-        if options.data_url:
-            logger.info("%s: all is copied to --data_url %s", options.output_dir, options.data_url)
-        folder.remove()  # of a run that was killed in its last moment
-        return
-    try:
-        with process.raise_on_all_ranks():
-            if process.is_main:
-                make_folder(options.output_dir, "--output_dir")
-                words = folder.begin(found, goes_on, run, _logs(options, process))
-                if options.resume and not goes_on:
-                    words = [f"{options.output_dir}: nothing to go on from, so the run begins"]
-                for line in words:
-                    logger.info(line)
-            log = RunLog(options.fps_acc_dir, options.log_name(process.world_size), process, folder.journal)
-        folder.share()
-        with log:
-            _teach(options, process, parts, log, precision, folder)
-    except UserError:
-        folder.forget_unless_saved(and_lines=False)  # they may show what went wrong
-        raise
-    except (Exception, Stopped):
-        folder.forget_unless_saved(and_lines=True)
-        raise
-    finally:
-        folder.close()
-    if options.performance:
-        logger.info("End performance testing. Ready to exit.")
-
-
-def _logs(options: Options, process: Process) -> tuple[Path, ...]:
-    """The files that a run that trains appends its lines to."""
-    metrics = results_files(options.output_dir, options.task).values()
-    return (*log_files(options.fps_acc_dir, options.log_name(process.world_size)), *metrics)
-
-
 @dataclass(frozen=True)
-class TrainingParts:
-    """What a training run reads: the models, the stage's loss, the training and dev sets."""
+class Models:
+    """The models of a run.
+
+    teacher: None in fine-tuning. trained: the model being trained: the student, or in fine-tuning the later teacher.
+    """
 
     teacher: LoadedModel | None
-    learner: LoadedModel
-    stage: TrainingStage
-    features: Features
-    dev: DevSets
+    trained: LoadedModel
 
-    @classmethod
-    def read(cls, options: Options, models: tuple[LoadedModel | None, LoadedModel]) -> TrainingParts:
-        """Reads and checks the data for these models; writes nothing but the cache.
-
-        Raises:
-            UserError: part of it is missing, broken, or does not fit the rest.
-        """
-        teacher, learner = models
-        stage = _stage(options, teacher, learner)
-        check_lengths(learner.model.config, learner.folder, options.task, options.max_seq_length)
-        reading = options.task, learner.tokenizer, options.max_seq_length, options.cache
-        features = load_features(_training_file(options), *reading)
-        return cls(teacher, learner, stage, features, DevSets.read(options, learner.tokenizer))
-
-    def digests(self) -> dict[str, str]:
-        """What the run reads, by what it is: of the texts their tokens and labels, of the models all that counts."""
-        texts = {"the training set": self.features, **self.dev.features}
-        models = {"the teacher": self.teacher, "the model that is trained": self.learner}
-        return {
-            **{name: digest(**vars(features)) for name, features in texts.items()},
-            **{
-                name: digest(config=loaded.model.config.to_json(), weights=weights_digest(loaded.model))
-                for name, loaded in models.items()
-                if loaded is not None
-            },
-        }
+    @cached_property
+    def teacher_digest(self) -> str:
+        """A digest of the teacher's weights; read it before a precision casts them."""
+        return "" if self.teacher is None else weights_digest(self.teacher.model)
 
 
-def check_places(options: Options, process: Process, found: Found | None = None) -> None:
-    """Checks, and makes nothing, that the run may write where it is to.
+def train(options: Options, process: Process, signals: Signals | None = None, timings: Timings | None = None) -> None:
+    """Train a model as one process of the run.
+
+    Everything that the user gave is read and checked first; only then is anything written.
 
     Args:
-        found: what is in the output folder already, where that is known.
+        signals: those sent to this process.
+        timings: collects the seconds of each part of the run.
 
     Raises:
-        UserError: it may not.
+        UserError: something that the flags name cannot be used.
+        Stopped: a signal ended the run, which can be resumed.
     """
-    if not process.is_main:  # to the others the folder may already be this run's own
-        return
-    found = Found.look(options.output_dir) if found is None else found
-    if options.resume and found.finished is not None:  # nothing else will be written
-        check_copy(options, has_ended=True)
-        return
-    sources = options.teacher_model, options.student_model, options.data_dir
-    may_write = options.overwrite_output_dir or found.is_empty or (options.resume and found.has_run)
-    hint = ""
-    if options.resume:
-        hint = "; it holds no run that was stopped, for --resume to go on with"
-        if found.damaged is not None:
-            hint = f"; --resume cannot go on with the run that was stopped there, since {found.damaged} is damaged"
-    elif found.record is not None:
-        hint = "; --resume (with the scripts: RESUME=1) goes on with the run that was stopped there"
-    check_output_dir(options.output_dir, may_write, sources, hint)
-    check_can_make(options.output_dir, "--output_dir")
-    check_results(options.output_dir, options.task)
-    check_copy(options)
-    check_logs(options.fps_acc_dir, options.log_name(process.world_size))
-
-
-def _teach(
-    options: Options, process: Process, parts: TrainingParts, log: RunLog, precision: Precision, folder: RunFolder
-) -> None:
-    learner, stage, dev = parts.learner, parts.stage, parts.dev
-    state = folder.state
-    collator = make_collator(options, learner, precision)
-    plan = TrainingPlan(
-        parts.features.lengths,
-        options.train_batch_size,
-        collator,
-        options.seed,
-        options.gradient_accumulation_steps,
-        process.rank,
-        process.world_size,
-        options.group_by_length,
-    )
-    schedule = _schedule(options)
-    learner.model.to(process.device)
-    freeze_unused(learner.model, stage.unused)
-    say_settings(options, process, parts.features, learner.model)
-    if parts.teacher is not None:
-        asked_once = (
-            isinstance(stage, PredictionStage)
-            and stage.regression_target != "labels"
-            and not options.no_teacher_cache
-            and schedule.total_steps(plan.steps_per_epoch) > plan.steps_per_epoch
-        )
-        keeps_states = isinstance(stage, IntermediateStage) and options.cache_teacher_states
-        remembers = options.cache.folder is not None and (asked_once or keeps_states or not options.performance)
-        weights = weights_digest(parts.teacher.model) if remembers else ""
-        teacher = parts.teacher.model.to(process.device)
-        precision.prepare_for_inference(teacher)
-        judged_teacher = {}
-        judges_teacher = not options.performance and state is None  # otherwise the logs have it
-        if options.no_teacher_cache and judges_teacher:
-            judged_teacher = dev.judge(teacher, collator, process, precision)
-        elif judges_teacher:
-            judged_teacher = dev.evaluate_teacher(teacher, weights, collator, options, process, precision)
-        for name, judged in judged_teacher.items():
-            logger.info("the teacher's own %s", shown(name, judged))
-            log.record("teacher", file=name, **judged.metrics)
-        if asked_once:
-            assert isinstance(stage, PredictionStage)
-            begin = time.monotonic()
-            logits = load_or_compute_logits(teacher, weights, parts.features, collator, options, process, precision)
-            if state is None:
-                log.record("teacher_asked_once", examples=len(logits), seconds=time.monotonic() - begin)
-            stage = replace(stage, teacher=Teacher(teacher, logits))
-            folder.teacher = digest(logits=logits.cpu().numpy())
-        if keeps_states:
-            assert isinstance(stage, IntermediateStage)
-            begin = time.monotonic()
-            kept = keep_states(
-                teacher, weights, parts.features, collator, stage.taught_layers, options, process, precision
-            )
-            if kept is not None:
-                if state is None:
-                    log.record("teacher_asked_once", examples=len(parts.features), seconds=time.monotonic() - begin)
-                stage = replace(stage, teacher=Teacher(teacher, kept=kept))
-                folder.teacher = digest_of_states(kept, parts.features, collator)
-
-    def judge(step: int) -> float:
-        results = dev.judge(learner.model, collator, process, precision, lambda: bool(folder.signals.received))
-        for name, judged in results.items():
-            logger.info("step %d: %s", step, shown(name, judged))
-            log.record("eval", file=name, step=step, **judged.metrics)
+    signals, timings = signals or Signals(), timings or Timings()
+    seed_process(options.seed, 0)  # new weights are the same in every process
+    with process.raise_on_all_ranks(), timings.part("models"):
         if process.is_main:
-            write_results(options.output_dir, options.task, results, folder.journal, global_step=step)
-        return results[options.task.dev_files[0]].metrics[options.task.metric.chosen_by]
-
-    def save(so_far: Outcome) -> None:
-        if process.is_main:
-            folder.check_is_own()
-            weights = precision.weights(learner.model)
-            save_model(options.output_dir, learner.model.config, weights, learner.tokenizer)
-            folder.write_run(step=so_far.steps, best=best_of(so_far, options.task))
-
-    seed_process(options.seed, process.rank)  # from here on each process draws its own dropout
-    trainer = Trainer(
-        learner.model,
-        stage,
-        parts.features,
-        plan,
-        schedule,
-        process,
-        precision,
-        log,
-        judge,
-        save,
-        title=options.stage.value,
-        keeper=folder,
-    )
-    if state is not None:
-        if process.is_main and state["teacher"] != folder.teacher:
-            logger.warning(
-                "the teacher's answers are not those that this run began with; its weights may differ from those of a "
-                "run that was not stopped"
-            )
-        log.record("resume", step=state["step"])
-    try:
-        with folder.signals.held(_tell_first if process.is_main else lambda: None):
-            outcome = trainer.run(state)
-            say_outcome(options, outcome, log)
-            with process.raise_on_all_ranks():  # one that ends by a signal would end the others too
-                if process.is_main:
-                    best = best_of(outcome, options.task)
-                    folder.end(steps=outcome.steps, skipped=outcome.skipped, best=best)
-    except Stopped as error:
-        raise Stopped(error.number, f"{error.where}; the same command with --resume goes on from there") from None
-    if folder.signals.received:  # too late for a step: what comes after this command is not to begin
+            check_writable(options, process.world_size)
+        models = load_models(options)
+    with timings.part("tokenizing"):
+        data = local_rank_zero_first(process, partial(load_datasets, options, models))
+    predictor = make_predictor(options, models.trained.tokenizer.pad_token_id, process)
+    with process.raise_on_all_ranks():
+        record = _describe(options, process, models, data, predictor.precision.name) if process.is_main else {}
+    with Checkpointer(options, process, signals, record) as checkpointer:
+        if checkpointer.is_finished:
+            logger.info("%s: this run has ended already; there is nothing left to train", options.output_dir)
+        else:
+            with RunLog(options.fps_acc_dir, options.log_name(process.world_size), process, checkpointer.run_id) as log:
+                _log_settings(options, process, models, data)
+                models.trained.model.to(process.device)
+                teacher = prepare_teacher(models, data, options, predictor, checkpointer, log, timings)
+                stage = make_stage(options, models, teacher)
+                seed_process(options.seed, process.rank)  # each process draws its own dropout
+                trainer = Trainer(models.trained, stage, data, options, predictor, log, timings)
+                trainer.load_state_dict(checkpointer.state)
+                if checkpointer.state is not None:
+                    log.record("resume", step=checkpointer.state["step"])
+                with signals.held(_announce_stop if process.is_main else lambda: None):
+                    outcome = trainer.fit(checkpointer)
+                    _log_outcome(options, outcome, log)
+                    best = outcome.best_record(options.task)
+                    checkpointer.finish(steps=outcome.steps, skipped=outcome.skipped, best=best)
+    if signals.received:  # too late to stop a step; but whatever follows this command must not start
         copies = "; the same command with --resume copies it to --data_url" if options.data_url else ""
-        raise Stopped(folder.signals.received, f"when the run had ended{copies}")
+        raise Stopped(signals.received, f"when the run had ended{copies}")
+    if options.performance:
+        logger.info("End performance testing. Ready to exit.")
+    if options.data_url and process.is_main:
+        copy_outputs(options.output_dir, options.data_url, options.task)
+        logger.info("%s: copied to --data_url %s", options.output_dir, options.data_url)
 
 
-def _tell_first() -> None:
-    with contextlib.suppress(OSError):  # nobody listens any more
-        os.write(1, b"stopping after this step; once more ends at once\n")  # a handler may not wait for print's lock
+def load_models(options: Options) -> Models:
+    """Load the teacher, where the stage has one, and the model to train; check that they fit each other and the task.
 
-
-def _models(options: Options) -> tuple[LoadedModel | None, LoadedModel]:
-    """The teacher, where there is one, and the model that is trained."""
-    assert options.teacher_model is not None  # the options' own check
-    lower = choose_case(options.do_lower_case, (options.student_model, options.teacher_model))
+    Raises:
+        UserError: a file is missing or broken, or they do not fit.
+    """
+    assert options.teacher_model is not None  # the options check this
+    task, lower = options.task, choose_case(options.do_lower_case, (options.student_model, options.teacher_model))
+    transfer = options.transfer_learning
     if options.stage is Stage.FINETUNE:
-        learner = load_learner(
-            options.teacher_model,
-            options.task,
-            lower,
-            transfer_learning=options.transfer_learning,
-            head=options.teacher_head,
+        trained = load_for_training(
+            options.teacher_model, task, lower, transfer_learning=transfer, head=options.teacher_head
         )
-        return None, learner
-    assert options.student_model is not None
-    teacher = load_complete(options.teacher_model, options.task, lower, options.teacher_head, "the teacher")
-    learner = load_learner(
-        options.student_model,
-        options.task,
-        lower,
-        teacher_size=teacher.model.config.hidden_size if options.stage is Stage.INTERMEDIATE else 0,
-        transfer_learning=options.transfer_learning,
+        models = Models(None, trained)
+    else:
+        assert options.student_model is not None
+        teacher = load_complete(options.teacher_model, task, lower, options.teacher_head, "the teacher")
+        size = teacher.model.config.hidden_size if options.stage is Stage.INTERMEDIATE else 0
+        trained = load_for_training(options.student_model, task, lower, teacher_size=size, transfer_learning=transfer)
+        models = Models(teacher, trained)
+        check_same_vocabulary(teacher, trained)
+        check_lengths(teacher.model.config, teacher.folder, task, options.max_seq_length)
+        if options.stage is Stage.INTERMEDIATE:
+            if "attention" in options.losses:
+                check_same_heads(teacher, trained)
+            _layer_map(options, models)
+        teacher.model.eval().requires_grad_(False)
+    check_lengths(trained.model.config, trained.folder, task, options.max_seq_length)
+    return models
+
+
+def load_datasets(options: Options, models: Models) -> Datasets:
+    """Read and tokenize the training set and the dev sets, or load them from the cache.
+
+    Raises:
+        UserError: a file is missing or broken.
+    """
+    tokenizer = models.trained.tokenizer
+    path = _training_file(options)
+    training_set = load_features(path, options.task, tokenizer, options.max_seq_length, options.cache)
+    return Datasets(training_set, DevSets.read(options, tokenizer))
+
+
+def prepare_teacher(
+    models: Models,
+    data: Datasets,
+    options: Options,
+    predictor: Predictor,
+    checkpointer: Checkpointer,
+    log: RunLog,
+    timings: Timings,
+) -> Teacher | None:
+    """Move the teacher to its device, evaluate it, and cache the outputs that training would compute repeatedly.
+
+    A resumed run does not evaluate it again: the log has the result.
+    """
+    if models.teacher is None:
+        return None
+    begins = checkpointer.state is None
+    steps_per_epoch = -(-len(data.train) // options.train_batch_size)
+    caches_logits = (
+        options.stage is Stage.PREDICTION
+        and not (options.task.is_regression and options.regression_target == "labels")
+        and not options.no_teacher_cache
+        and steps_of_run(options, steps_per_epoch) > steps_per_epoch  # otherwise each example is read once
     )
-    check_same_vocabulary(teacher, learner)
-    check_lengths(teacher.model.config, teacher.folder, options.task, options.max_seq_length)
-    return teacher, learner
+    caches_states = options.stage is Stage.INTERMEDIATE and options.cache_teacher_states
+    uses_cache = options.cache.folder is not None and (caches_logits or caches_states or not options.performance)
+    weights = models.teacher_digest if uses_cache else ""
+    model = models.teacher.model.to(predictor.process.device)
+    predictor.precision.prepare_for_inference(model)
+    query = TeacherQuery(model, weights, data.train, predictor, options.cache)
+    if begins and not options.performance:
+        with timings.part("evaluation"):
+            _evaluate_teacher(query, data.dev, options, log)
+    teacher = Teacher(model, timings=timings)
+    begin = time.monotonic()
+    with timings.part("teacher cache"):
+        if caches_logits:
+            teacher = replace(teacher, cached_logits=load_or_compute_training_logits(query))
+        if caches_states:
+            layers = make_intermediate_stage(options, models, teacher).teacher_layers
+            teacher = replace(teacher, cached_states=load_or_compute_states(query, layers))
+    if begins and teacher.is_cached:
+        log.record("teacher_cache", examples=len(data.train), seconds=time.monotonic() - begin)
+    checkpointer.check_teacher(teacher.digest_of_cache())
+    return teacher
 
 
-def _stage(options: Options, teacher: LoadedModel | None, learner: LoadedModel) -> TrainingStage:
+def make_stage(options: Options, models: Models, teacher: Teacher | None) -> TrainingStage:
+    """Return what the flags ask to be trained."""
     regression = options.task.is_regression
     if teacher is None:
         return FineTuning(regression)
-    asked = Teacher(teacher.model.eval().requires_grad_(False))
     if options.stage is Stage.PREDICTION:
-        return PredictionStage(asked, options.temperature, options.regression_target if regression else None)
-    if "attention" in options.losses:
-        check_same_heads(teacher, learner)
-    layers = learner.model.config.num_hidden_layers, teacher.model.config.num_hidden_layers
-    layer_map = choose_layer_map(options.layer_map, *layers)
-    return IntermediateStage(asked, layer_map, options.padding == "max_length", options.losses)
+        return PredictionStage(teacher, options.temperature, options.regression_target if regression else None)
+    return make_intermediate_stage(options, models, teacher)
+
+
+def make_intermediate_stage(options: Options, models: Models, teacher: Teacher) -> IntermediateStage:
+    """Return the stage of attention scores, hidden states and embeddings that the flags describe."""
+    return IntermediateStage(teacher, _layer_map(options, models), options.padding == "max_length", options.losses)
+
+
+def _layer_map(options: Options, models: Models) -> tuple[int, ...]:
+    assert models.teacher is not None  # the stage has one
+    layers = models.trained.model.config.num_hidden_layers, models.teacher.model.config.num_hidden_layers
+    return choose_layer_map(options.layer_map, *layers)
 
 
 def _training_file(options: Options) -> Path:
@@ -368,14 +237,78 @@ def _training_file(options: Options) -> Path:
     return path
 
 
-def _schedule(options: Options) -> Schedule:
-    return Schedule(
-        learning_rate=options.learning_rate,
-        weight_decay=options.weight_decay,
-        warmup_proportion=options.warmup_proportion,
-        num_train_epochs=options.num_train_epochs,
-        eval_step=options.eval_step,
-        output_txt_step=options.output_txt_step,
-        workers=options.workers,
-        performance=options.performance,
+def _describe(options: Options, process: Process, models: Models, data: Datasets, precision: str) -> dict[str, Any]:
+    """Return the run's record, with digests of all that it reads; warn of models that changed since they were saved."""
+    digests = {"the training set": digest(**vars(data.train))}
+    digests |= {name: digest(**vars(features)) for name, features in data.dev.features.items()}
+    trained = models.trained
+    if models.teacher is not None:
+        digests["the teacher"] = digest(config=models.teacher.model.config.to_json(), weights=models.teacher_digest)
+    digests["the model that is trained"] = digest(
+        config=trained.model.config.to_json(), weights=weights_digest(trained.model)
     )
+    record = describe_run(options, process, digests, precision)
+    for loaded in (models.teacher, trained):
+        if loaded is not None:
+            warn_of_changed_weights(loaded.folder, record["sha256"])
+    return record
+
+
+def _evaluate_teacher(query: TeacherQuery, dev: DevSets, options: Options, log: RunLog) -> None:
+    """Log the teacher's result on each dev file, from cached logits unless --no_teacher_cache."""
+    if options.no_teacher_cache:
+        results = dev.evaluate(query.model, query.predictor)
+    else:
+        results = {}
+        for name, features in dev.features.items():
+            logits, seconds = load_or_compute_logits(query.on(features))
+            results[name] = evaluate_logits(logits, features, options.task, seconds)
+    for name, result in results.items():
+        logger.info("the teacher's own %s", result.summary(name))
+        log.record("teacher", file=name, **result.metrics)
+
+
+def _log_settings(options: Options, process: Process, models: Models, data: Datasets) -> None:
+    logger.info(
+        "%s of %s on %s%s: %d examples of %.1f tokens, batch %d, %g epochs, %.1f million parameters",
+        options.stage.value,
+        options.task.name,
+        process.device,
+        f" in {process.world_size} processes" if process.world_size > 1 else "",
+        len(data.train),
+        data.train.lengths.mean(),
+        options.train_batch_size,
+        options.num_train_epochs,
+        sum(parameter.numel() for parameter in models.trained.model.parameters()) / 1e6,
+    )
+
+
+def _log_outcome(options: Options, outcome: Outcome, log: RunLog) -> None:
+    best = outcome.best_record(options.task)
+    if best is not None:
+        logger.info(
+            "best %s %.4f (%s chose the checkpoint of step %d)",
+            best["metric"],
+            best["value"],
+            best["chosen_on"],
+            best["step"],
+        )
+    if outcome.skipped:
+        logger.info("%d steps were skipped because a gradient overflowed", outcome.skipped)
+    paused = ", ".join(f"{name} {clock(seconds)}" for name, seconds in outcome.seconds.items())
+    logger.info("%d steps, FPS %.2f; not counted as training: %s", outcome.steps, outcome.fps, paused)
+    log.record(
+        "end",
+        steps=outcome.steps,
+        fps=outcome.fps,
+        fps_examples=outcome.examples,
+        best=None if best is None else best["value"],
+        seconds_aside=outcome.seconds,
+        skipped=outcome.skipped,
+    )
+    logger.info("the model is in %s", options.output_dir)
+
+
+def _announce_stop() -> None:
+    with contextlib.suppress(OSError):  # nobody reads the output any more
+        os.write(1, b"stopping after this step; a second signal ends the run at once\n")  # print's lock may be held

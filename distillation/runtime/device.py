@@ -1,7 +1,6 @@
-"""Where a process runs: its device, its place among the processes, its seeds, its threads.
+"""The device, rank, seeds and threads of a process. `launch.py` starts the processes.
 
-Devices are chosen when a run starts: torch_npu is imported only where an NPU is asked for, or by
-torch itself. Nothing here starts processes (`launch.py`).
+torch_npu is imported when a run looks for an NPU, not before.
 """
 
 from __future__ import annotations
@@ -24,18 +23,24 @@ from transformer.errors import UserError
 
 Result = TypeVar("Result")
 
-# The names of flags and logs, and torch's.
-_TORCH_NAMES = {"npu": "npu", "gpu": "cuda", "cpu": "cpu"}
-# mallopt's numbers of M_TRIM_THRESHOLD, M_TOP_PAD and M_MMAP_MAX, and what they are set to.
-_MALLOC_SETTINGS = {-1: 2**31 - 1, -2: 64 * 2**20, -4: 0}
+_TORCH_NAMES = {"npu": "npu", "gpu": "cuda", "cpu": "cpu"}  # value of --device -> device type of torch
+_REQUIREMENTS = {
+    "npu": "an Ascend NPU with its toolkit and torch_npu (requirements-npu.txt)",
+    "cuda": "a GPU and a build of torch for it",
+}
+_MALLOC_SETTINGS = {  # parameters of mallopt
+    -1: 2**31 - 1,  # M_TRIM_THRESHOLD
+    -2: 64 * 2**20,  # M_TOP_PAD
+    -4: 0,  # M_MMAP_MAX
+}
 BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
 
 
 @dataclass(frozen=True)
 class Process:
-    """One process of a run: its number among `world_size`, and the device it computes on.
+    """One process of a run: its device and its rank.
 
-    local_rank: its number among the processes of its machine; None where that is `rank`.
+    local_rank: the rank among the processes of the same machine; None if it equals `rank`.
     """
 
     device: torch.device
@@ -45,22 +50,22 @@ class Process:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files and prints."""
+        """Whether this process writes the outputs and the log."""
         return self.rank == 0
 
     @property
     def is_local_rank_zero(self) -> bool:
-        """Whether this process works out what all of its machine find in the cache."""
+        """Whether this process fills the cache for all processes of its machine."""
         return (self.rank if self.local_rank is None else self.local_rank) == 0
 
     @property
     def label(self) -> str:
-        """The name that the fps logs give it, as NPU:0."""
+        """The name of the device in the fps logs, for example NPU:0."""
         kind = next(name for name, torch_name in _TORCH_NAMES.items() if torch_name == self.device.type)
         return f"{kind.upper()}:{self.rank if self.device.index is None else self.device.index}"
 
     def gather(self, value: Any) -> list[Any]:
-        """The value that each process gives, in the order of their ranks; every process gets them all."""
+        """Return the values of all processes, ordered by rank, in every process."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -68,7 +73,7 @@ class Process:
         return values
 
     def broadcast(self, value: Any) -> Any:
-        """The value that the main process gives, in every process."""
+        """Return the main process's value in every process."""
         if self.world_size == 1:
             return value
         values = [value]
@@ -77,7 +82,7 @@ class Process:
 
     @contextmanager
     def raise_on_all_ranks(self) -> Iterator[None]:
-        """A part of the run that all processes pass, or none: a UserError in one is raised in all."""
+        """Raise a UserError of any process in all processes, at the end of the `with` block."""
         message = None
         try:
             yield
@@ -89,42 +94,38 @@ class Process:
 
 
 def local_rank_zero_first(process: Process, read: Callable[[], Result]) -> Result:
-    """What `read` gives, in every process; the others of a machine find in the cache what its first has worked out.
+    """Call `read` in local rank 0, which fills the machine's cache, then in the other processes; return its result.
 
     Raises:
-        UserError: in all processes, where it is raised in one.
+        UserError: `read` raised it in one of the processes.
     """
     results = []
-    for turn in (True, False):
+    for local_rank_zero in (True, False):
         with process.raise_on_all_ranks():
-            if process.is_local_rank_zero is turn:
+            if process.is_local_rank_zero is local_rank_zero:
                 results.append(read())
     return results[0]
 
 
 def choose_device(name: str) -> str:
-    """The torch device type for --device: npu, cuda or cpu.
+    """Return the torch device type for --device: npu, cuda or cpu.
 
     Raises:
         UserError: the machine has no such device.
     """
     if name == "auto":
-        return next(kind for kind in ("npu", "cuda", "cpu") if kind == "cpu" or _device_count(kind))
+        return next(kind for kind in ("npu", "cuda", "cpu") if _device_count(kind))
     kind = _TORCH_NAMES[name]
-    if kind != "cpu" and not _device_count(kind):
-        needs = {
-            "npu": "an Ascend NPU with its toolkit and torch_npu (requirements-npu.txt)",
-            "cuda": "a GPU and a build of torch for it",
-        }[kind]
-        raise UserError(f"--device {name}: there is none here; it needs {needs}")
+    if not _device_count(kind):
+        raise UserError(f"--device {name}: there is none here; it needs {_REQUIREMENTS[kind]}")
     return kind
 
 
 def check_ids(kind: str, ids: tuple[int, ...]) -> None:
-    """Checks that the machine has the devices of these ids; on a CPU they only count processes.
+    """Check that the machine has devices with these ids. On a CPU they only count processes.
 
     Raises:
-        UserError: it has fewer.
+        UserError: it has fewer devices.
     """
     if kind == "cpu":
         return
@@ -137,7 +138,7 @@ def check_ids(kind: str, ids: tuple[int, ...]) -> None:
 
 
 def open_device(kind: str, index: int) -> torch.device:
-    """Makes a device this process's own and returns it; of an accelerator, the one with that id."""
+    """Make an accelerator the current device of this process and return it; `index` is ignored on a CPU."""
     if kind == "cpu":
         return torch.device("cpu")
     _backend(kind).set_device(index)
@@ -153,21 +154,21 @@ def _device_count(kind: str) -> int:
 
 
 def _backend(kind: str) -> ModuleType:
-    """torch.cuda or torch.npu; the latter is torch_npu's, which is imported if torch has not done so."""
+    """Return torch.cpu, torch.cuda or torch.npu, which exists after torch_npu is imported."""
     if kind == "npu" and not hasattr(torch, "npu"):
         importlib.import_module("torch_npu")
     return getattr(torch, kind)
 
 
 def seed_process(seed: int, rank: int) -> None:
-    """Seeds Python, NumPy and torch: new weights and dropout repeat, and processes draw different masks."""
+    """Seed Python, NumPy and torch, with another seed for each rank."""
     random.seed(seed + rank)
     np.random.seed((seed + rank) % 2**32)
     torch.manual_seed(seed + rank)
 
 
 def device_random(device: torch.device, state: torch.Tensor | None = None) -> torch.Tensor | None:
-    """The state of an accelerator's generator of random numbers, after setting it where one is given; None on a CPU."""
+    """Set the state of an accelerator's random number generator if given; return its state, or None on a CPU."""
     if device.type == "cpu":
         return None
     backend = _backend(device.type)
@@ -177,30 +178,29 @@ def device_random(device: torch.device, state: torch.Tensor | None = None) -> to
 
 
 def choose_deterministic() -> None:
-    """Lets torch use only operations that give the same bits every time; before a device is opened.
+    """Make torch use only deterministic algorithms. Call it before a device is opened.
 
-    On a CPU they are so anyway. On a GPU some gradients are then summed in a fixed order, and convolutions and matrix
-    products do not choose their fastest way by trying.
+    On a CPU all algorithms used are deterministic. On a GPU some are slower.
     """
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS reads it when it is first used
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when cuBLAS is first used
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
 
 
 def prepare_process() -> None:
-    """What a process sets before its first operation, for that and all threads to come."""
+    """Configure memory and floating point for this process; call it before the first operation and the first thread."""
     keep_freed_memory()
-    # Results below 1e-38 (Python's and NumPy's below 2e-308) are 0. The optimizer's mean for a word that is absent from
-    # hundreds of steps falls below that and never reaches 0 by itself; a processor takes many times as long for such.
+    # Denormal numbers become 0: the optimizer's moments of a word that is absent for hundreds of steps would become
+    # denormal, and processors compute with those many times slower.
     torch.set_flush_denormal(True)
 
 
 def keep_freed_memory() -> None:
-    """Lets the C library keep what tensors free for the next ones, instead of giving it back to the system.
+    """Make glibc reuse freed memory instead of returning it to the system.
 
-    glibc returns every piece beyond 32 MB at once, and a student's step then spends a tenth of its time in
-    page faults. A user's own settings of malloc go first; with another C library nothing happens.
+    glibc returns every freed block above 32 MB at once, which costs page faults in every step. Settings of malloc in
+    the environment take precedence; with another C library this does nothing.
     """
     if "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ):
         return
@@ -213,15 +213,14 @@ def keep_freed_memory() -> None:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until the device has done what it was told, so that a clock read next is right."""
-    if device.type != "cpu":
-        _backend(device.type).synchronize()
+    """Wait until the device has finished its work, for correct timings."""
+    _backend(device.type).synchronize()
 
 
 def share_cores(processes: int, ignored: str = "") -> int:
-    """The threads that each of so many processes on this machine may use.
+    """Return the number of threads for each of `processes` processes on this machine.
 
-    A user's OMP_NUM_THREADS goes first; `ignored` is a value of it that is not the user's.
+    OMP_NUM_THREADS takes precedence, unless it is `ignored`, the value that torchrun sets by itself.
     """
     given = os.environ.get("OMP_NUM_THREADS", "")
     if given.isdigit() and int(given) and given != ignored:

@@ -1,8 +1,7 @@
-"""What a run tells: lines on the screen, progress with time left, and the files in output/.
+"""A run's output for people and programs: messages, progress with time left, speed, and the files in output/.
 
-For a run named train_full_1p_1 these are `train_full_1p_1.txt` (a line of FPS and accuracy each
---output_txt_step steps), `metrics.jsonl` (the same and more, for programs) and
-`debug_layer_loss.log` (every message). All are appended to, and made when first written.
+For a run named train_full_1p_1 the files are `train_full_1p_1.txt` (FPS and accuracy every --output_txt_step steps),
+`metrics.jsonl` (the same and more, for programs) and `debug_layer_loss.log` (every message). All are appended to.
 """
 
 from __future__ import annotations
@@ -14,25 +13,25 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
 
-from distillation.checkpoints.journal import Appended, Journal
-from distillation.checkpoints.outputs import check_can_make, make_folder
 from distillation.runtime.device import Process, synchronize
+from distillation.runtime.files import AppendedFile, check_can_make, locked, make_folder
 from transformer.errors import UserError, printable
 
 logger = logging.getLogger(__name__)
 
-_SECONDS_BETWEEN_VALUES = 1.0  # on a bar: to read them a device must be waited for
+_METRICS_NAME, _MESSAGES_NAME = "metrics.jsonl", "debug_layer_loss.log"
+_SECONDS_BETWEEN_VALUES = 1.0  # on a progress bar: reading them synchronizes the device
+_WARM_UP_STEPS = 10
 
 
 class MessageFormatter(logging.Formatter):
-    """Shows a message as one line in which nothing that it quotes acts on a terminal."""
+    """Format a message as one line in which nothing that it quotes controls a terminal."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         record.message = printable(record.message)
@@ -40,7 +39,7 @@ class MessageFormatter(logging.Formatter):
 
 
 def show_messages(enabled: bool = True) -> None:
-    """Lets this project's messages appear on standard output, one plain line each; or only warnings, elsewhere."""
+    """Print this project's messages to standard output, a plain line each; where not enabled, only errors."""
     if not enabled:
         logging.basicConfig(level=logging.ERROR, force=True)
         return
@@ -50,24 +49,21 @@ def show_messages(enabled: bool = True) -> None:
 
 
 def text_line(label: str, epoch: int, step: int, fps: float, acc: float | None = None) -> str:
-    """A line of the fps log: `[NPU:0]  epoch 0 step99 FPS94.54 acc0.9085`, the last only where it is known."""
+    """Return a line of the FPS log: `[NPU:0]  epoch 0 step99 FPS94.54 acc0.9085`, without acc where it is None."""
     line = f"[{label}]  epoch {epoch} step{step} FPS{fps:.2f} "
     return line if acc is None else f"{line}acc{acc:.4f}"
 
 
-_METRICS_NAME, _MESSAGES_NAME = "metrics.jsonl", "debug_layer_loss.log"
-
-
 def log_files(folder: Path, name: str) -> tuple[Path, Path]:
-    """The files of the fps log and of the metrics of a run of this name."""
+    """Return the paths of the FPS log and of metrics.jsonl for a run of this name."""
     return folder / f"{name}.txt", folder / _METRICS_NAME
 
 
 def check_logs(folder: Path, name: str) -> None:
-    """Checks, and makes nothing, that the log of a run of this name can be written.
+    """Check that the logs of a run of this name can be written; make nothing.
 
     Raises:
-        UserError: the folder cannot be made, or one of its files cannot be appended to.
+        UserError: the folder cannot be made, or a file cannot be appended to.
     """
     check_can_make(folder, "--fps_acc_dir")
     for path in (*log_files(folder, name), folder / _MESSAGES_NAME):
@@ -76,7 +72,7 @@ def check_logs(folder: Path, name: str) -> None:
 
 
 class _MessageFile(logging.FileHandler):
-    """A file of messages whose failing ends the run."""
+    """A file of messages; a failed write ends the run."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
@@ -86,22 +82,23 @@ class _MessageFile(logging.FileHandler):
 
 
 class RunLog:
-    """The files of one run. Only the main process writes; elsewhere every call does nothing.
+    """The log files of one run. Only the main process writes; elsewhere every call does nothing.
 
     Args:
-        folder, name: of the files.
-        process: this one.
-        journal: notes the lines of a run that may be resumed; the messages' file is not among them.
+        folder: of the files; made where it is missing.
+        name: of the run.
+        process: this process.
+        run_id: written into each line of metrics.jsonl, so that `roll_back` knows the run's lines.
     """
 
-    def __init__(self, folder: Path, name: str, process: Process, journal: Journal | None = None) -> None:
-        self._label = process.label
-        self._name = name
-        self._files: list[Appended] = []
+    def __init__(self, folder: Path, name: str, process: Process, run_id: str | None = None) -> None:
+        self._label, self._name = process.label, name
+        self._run = {"run": name} if run_id is None else {"run": name, "id": run_id}
+        self._files: list[AppendedFile] = []
         self._handler: logging.Handler | None = None
         if process.is_main:
             make_folder(folder, "--fps_acc_dir")
-            self._text, self._metrics = (Appended(path, journal) for path in log_files(folder, name))
+            self._text, self._metrics = (AppendedFile(path) for path in log_files(folder, name))
             try:
                 self._handler = _MessageFile(folder / _MESSAGES_NAME, encoding="utf-8")
             except OSError as error:
@@ -111,95 +108,178 @@ class RunLog:
             logging.getLogger().addHandler(self._handler)
 
     def line(self, epoch: int, step: int, fps: float, acc: float | None = None) -> None:
-        """Adds a line to the fps log."""
+        """Append a line to the FPS log."""
         if self._files:
             self._text.write(text_line(self._label, epoch, step, fps, acc) + "\n")
 
     def record(self, event: str, **values: Any) -> None:
-        """Adds an object to metrics.jsonl; numbers that JSON has no word for become null."""
+        """Append an object to metrics.jsonl; inf and NaN, which JSON lacks, become null."""
         if self._files:
-            entry = {"time": round(time.time(), 3), "run": self._name, "event": event, **values}
+            entry = {"time": round(time.time(), 3), **self._run, "event": event, **values}
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
             self._metrics.write(json.dumps(finite) + "\n")
 
     def __enter__(self) -> RunLog:
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._handler is not None:
             logging.getLogger().removeHandler(self._handler)
-            with contextlib.suppress(OSError):  # told when the message was written
+            with contextlib.suppress(OSError):  # the failed write has been reported
                 self._handler.close()
         for file in self._files:
             file.close()
 
 
+def sync(paths: Iterable[Path]) -> None:
+    """Wait until the content of these files, of those that exist, is on the disk.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    for path in paths:
+        try:
+            descriptor = os.open(path, os.O_RDWR)
+        except OSError:  # removed, or another user's by now: the run appends nothing to it any more
+            continue
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            raise UserError(f"{path}: the log cannot be written ({error.strerror})") from None
+        finally:
+            os.close(descriptor)
+
+
+def roll_back(sizes: Mapping[Path, int], run_id: str) -> list[Path]:
+    """Remove what a run has appended to its logs since they had these sizes.
+
+    metrics.jsonl keeps the lines of other runs. An FPS log is left as it is if another run of the same name wrote into
+    it, which metrics.jsonl shows. A file that is shorter by now is another one, and stays.
+
+    Returns:
+        The files that were left.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    left = []
+    for path, size in sizes.items():
+        try:
+            if path.name == _METRICS_NAME:
+                _rewrite(path, size, lambda lines: [line for line in lines if _run_of(line)[1] not in (run_id, None)])
+            elif path.suffix == ".txt" and _other_run_wrote(path, sizes, run_id):
+                left.append(path)
+            else:
+                _rewrite(path, size, lambda lines: [])
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    return left
+
+
+def _rewrite(path: Path, size: int, choose: Callable[[list[bytes]], list[bytes]]) -> None:
+    """Replace the lines behind the first `size` bytes of a file by those that `choose` returns."""
+    with path.open("rb+") as file, locked(file.fileno()):
+        if path.stat().st_size <= size:
+            return
+        if size:  # mostly behind a line break; not if another run has removed lines of its own before it
+            file.seek(size - 1)
+            file.readline()
+        begin = file.tell()
+        kept = b"".join(choose(file.read().splitlines(keepends=True)))
+        file.seek(begin)
+        # The kept lines first: a kill in between leaves a line twice rather than losing one.
+        file.write(kept)
+        file.truncate(begin + len(kept))
+
+
+def _run_of(line: bytes) -> tuple[str | None, str | None]:
+    """Return the name and the id of the run that wrote a line of metrics.jsonl; None where it is cut off."""
+    try:
+        entry = json.loads(line)
+        return str(entry["run"]), str(entry.get("id", ""))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None, None
+
+
+def _other_run_wrote(path: Path, sizes: Mapping[Path, int], run_id: str) -> bool:
+    """Return whether metrics.jsonl beside an FPS log has newer lines of another run of the same name."""
+    metrics = path.with_name(_METRICS_NAME)
+    if metrics not in sizes or not metrics.exists():
+        return False
+    with metrics.open("rb") as file:
+        file.seek(sizes[metrics])
+        runs = [_run_of(line) for line in file]
+    return any(name == path.stem and other != run_id for name, other in runs)
+
+
 class FpsMeter:
     """Examples trained by all processes per second of wall time, loading of data included.
 
-    Evaluation and saving are paused for, and their seconds kept apart. The first steps are left out:
-    they warm caches and allocators, after a run is resumed again. `examples` are those of the other steps.
+    Evaluation and saving pause it; their seconds are counted apart. The first steps of a run, and those after it is
+    resumed, do not count: they warm caches and allocators.
+
+    Attributes:
+        examples: of the steps that count.
+        paused: seconds by reason.
     """
 
-    def __init__(self, process: Process, total_steps: int) -> None:
-        self._device = process.device
-        self._skipped = min(10, total_steps // 10)
-        self._steps = 0
+    def __init__(self, process: Process) -> None:
         self.examples = 0
+        self.paused: dict[str, float] = {}
+        self._device = process.device
+        self._warm_up = self._steps = 0
         self._seconds = self._earlier = 0.0
         self._since = self._now()
-        self.paused: dict[str, float] = {}
 
-    def go_on_from(self, examples: int, seconds: float, paused: Mapping[str, float]) -> None:
-        """Adds what the run has counted before it was resumed; before the first step."""
+    def start(self, steps: int) -> None:
+        """Start the clock before the first of so many steps."""
+        self._warm_up = min(_WARM_UP_STEPS, steps // 10)
+        self._since = self._now()
+
+    def resume(self, examples: int, seconds: float, paused: Mapping[str, float]) -> None:
+        """Add what the run counted before it was stopped; called before `start`."""
         self.examples, self._earlier, self.paused = examples, seconds, dict(paused)
 
+    def count(self, examples: int) -> None:
+        """Count a step with so many examples, over all processes."""
+        self._steps += 1
+        if self._steps > self._warm_up:
+            self.examples += examples
+        elif self._steps == self._warm_up:
+            self._seconds, self._since = 0.0, self._now()
+
     def seconds(self) -> float:
-        """The time that the counted steps took; not to be asked in a pause."""
-        counts = self._steps > self._skipped
+        """Return the seconds of the steps that count; not to be called in a pause."""
+        counts = self._steps > self._warm_up
         return self._earlier + (self._seconds + self._now() - self._since if counts else 0.0)
+
+    def fps(self) -> float:
+        """Return the examples per second so far; 0 before the first step that counts."""
+        return self.examples / self.seconds() if self.examples else 0.0
+
+    @contextlib.contextmanager
+    def pause(self, reason: str) -> Iterator[None]:
+        """Count the time of the context for `reason`, not as training."""
+        begin = self._now()
+        self._seconds += begin - self._since
+        try:
+            yield
+        finally:
+            self._since = self._now()
+            self.paused[reason] = self.paused.get(reason, 0.0) + self._since - begin
 
     def _now(self) -> float:
         synchronize(self._device)
         return time.perf_counter()
-
-    def count(self, examples: int) -> None:
-        """A step is done that trained this many examples, over all processes."""
-        self._steps += 1
-        if self._steps > self._skipped:
-            self.examples += examples
-        elif self._steps == self._skipped:
-            self._seconds, self._since = 0.0, self._now()
-
-    def fps(self) -> float:
-        """Examples per second so far; 0 before the first step that counts."""
-        return self.examples / self.seconds() if self.examples else 0.0
-
-    def pause(self, reason: str) -> _Pause:
-        """A context whose time is counted for `reason` and not as training."""
-        return _Pause(self, reason)
-
-
-class _Pause:
-    def __init__(self, meter: FpsMeter, reason: str) -> None:
-        self._meter, self._reason = meter, reason
-
-    def __enter__(self) -> None:
-        meter = self._meter
-        self._begin = meter._now()
-        meter._seconds += self._begin - meter._since
-
-    def __exit__(self, *_: object) -> None:
-        meter = self._meter
-        meter._since = meter._now()
-        meter.paused[self._reason] = meter.paused.get(self._reason, 0.0) + meter._since - self._begin
 
 
 class Progress:
     """Steps done and time left: a bar on a terminal, elsewhere a line every ten seconds.
 
     Args:
-        done: how many there were before this began.
+        done: the steps before this begins.
     """
 
     def __init__(
@@ -216,7 +296,7 @@ class Progress:
         )
 
     def advance(self, values: Callable[[], dict[str, str]] = dict) -> None:
-        """One more step is done; the values are shown beside it, and asked for only when they are."""
+        """Count a step; `values` is called only when its result is shown."""
         self._done += 1
         now = time.monotonic()
         if self._bar is not None:
@@ -230,18 +310,17 @@ class Progress:
             left = (now - self._begin) / (self._done - self._first) * (self._total - self._done)
             percent = 100 * self._done // self._total
             parts = [f"{self._unit} {self._done} of {self._total} ({percent} %)", f"{clock(left)} left"]
-            logger.info(
-                "%s: %s", self._title, ", ".join(parts + [f"{name} {value}" for name, value in values().items()])
-            )
+            parts += [f"{name} {value}" for name, value in values().items()]
+            logger.info("%s: %s", self._title, ", ".join(parts))
 
     def close(self) -> None:
-        """Ends the bar."""
+        """Remove or finish the bar."""
         if self._bar is not None:
             self._bar.close()
 
 
 def clock(seconds: float) -> str:
-    """Seconds as people read them: 45 s, 12 min, 3 h 05 min."""
+    """Return seconds as people read them: 45 s, 12 min, 3 h 05 min."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

@@ -1,63 +1,70 @@
-"""SIGINT (Ctrl-C) and SIGTERM: a run that trains finishes its step, or gives up its evaluation, and saves; any other
-ends at once, with one line.
+"""How a process of a run ends early: by SIGINT (Ctrl-C) or SIGTERM, by another's failure, or with its parent process.
 
-A second signal ends a run at once whatever it does. Nothing here knows what is saved.
+A run that trains finishes its step, or gives up its evaluation, and saves; any other run ends at once. Each prints one
+line. A second signal ends the process at once. This module does not know what is saved.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
+from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import NoReturn
 
 ENDING = (signal.SIGINT, signal.SIGTERM)
-# torchrun passes on to its processes a signal that the terminal has already sent to all of them.
+# torchrun sends its processes a signal that they already have from the terminal.
 _SECONDS_OF_ONE_SIGNAL = 1.0
 
 
+class RunFailed(Exception):
+    """A process of the run died; the message says which one and how."""
+
+
 class Stopped(BaseException):
-    """A signal has ended the run. No Exception, so that nothing takes it for a fault.
+    """A signal ended the run. It is no Exception, so that no handler of errors catches it.
 
     Args:
         number: of the signal.
-        where: how far the run came, where there is more to say than that it ended.
+        where: how far the run came, for the message.
     """
 
     def __init__(self, number: int, where: str = "") -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}{where and ' '}{where}")
+        super().__init__(number, where)
         self.number, self.where = number, where
+
+    def __str__(self) -> str:
+        return f"stopped by {signal.Signals(self.number).name}{self.where and ' '}{self.where}"
 
     @property
     def status(self) -> int:
-        """The exit status, as shells have it."""
+        """The exit status that shells use."""
         return 128 + self.number
 
 
 class Signals:
-    """What has been sent to this process.
-
-    received: the first of `ENDING` that came; 0 where none did.
-    """
+    """The signals sent to this process. `received` is the first one of `ENDING`, or 0."""
 
     def __init__(self) -> None:
         self.received = 0
-        self._at = 0.0
-        self._holds: Callable[[], None] | None = None
+        self._time = 0.0
+        self._on_first: Callable[[], None] | None = None
 
     @contextmanager
     def handled(self) -> Iterator[None]:
-        """A part of a program that a signal ends by `Stopped`, raised wherever it is."""
-        if threading.current_thread() is not threading.main_thread():  # which alone may have handlers
+        """Raise Stopped inside this context when a signal arrives."""
+        if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
             yield
             return
         before = {number: signal.signal(number, self._handle) for number in ENDING}
-        if hasattr(signal, "pthread_sigmask"):
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+        _unblock()
         try:
             yield
         finally:
@@ -66,31 +73,32 @@ class Signals:
 
     @contextmanager
     def held(self, on_first: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """A part of a run in which a signal is only noted, in `received`, and `on_first` is called for the first."""
-        before, self._holds = self._holds, on_first
+        """Raise nothing inside this context: the first signal sets `received` and calls `on_first`."""
+        before, self._on_first = self._on_first, on_first
         try:
             yield
         finally:
-            self._holds = before
+            self._on_first = before
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self.received:
-            if now - self._at > _SECONDS_OF_ONE_SIGNAL:
+            if now - self._time > _SECONDS_OF_ONE_SIGNAL:
                 os._exit(128 + number)
             return
-        self.received, self._at = number, now
-        if self._holds is None:
+        self.received, self._time = number, now
+        if self._on_first is None:
             raise Stopped(number)
-        self._holds()
+        self._on_first()
 
 
 @contextmanager
-def deferred() -> Iterator[None]:
-    """A part of a program in which signals wait, and with them the processes that it starts, until they handle them."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows has no such masks
+def blocked() -> Iterator[None]:
+    """Block signals in this process, and in the processes that it starts meanwhile until they handle signals."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows has no signal masks
         yield
         return
+    resource_tracker.ensure_running()  # multiprocessing would start it now, which unblocks the signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     try:
         yield
@@ -98,8 +106,41 @@ def deferred() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def leave_signals_to_parent() -> None:
+    """Ignore SIGINT, which the terminal sends to the parent process too; let SIGTERM end this process at once."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _unblock()
+
+
+def exit_with_parent() -> None:
+    """Start a thread that ends this process when its parent process is gone.
+
+    The signal that torch lets Linux send then (PR_SET_PDEATHSIG) does not come if the parent died while this process
+    still imported, nor on other systems, and no handler runs while a process waits in C++. The workers of
+    concurrent.futures would wait forever.
+    """
+    threading.Thread(target=_wait_and_exit, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+def _wait_and_exit(parent: BaseProcess) -> None:
+    parent.join()
+    os._exit(1)
+
+
+def leave(status: int = 0) -> NoReturn:
+    """End this process, which was in a process group, at once, with its output flushed.
+
+    Python's normal exit runs while gloo's threads still do. A thread that then frees the tensors of its last exchange
+    calls std::terminate, which is a SIGABRT after all work is done.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 def end_quietly(prog: str) -> None:
-    """From now on a Ctrl-C ends this process with a line: for the seconds in which an entry imports what it needs."""
+    """Let a signal end this process with one line while an entry imports its modules, which takes seconds."""
 
     def end(number: int, frame: FrameType | None) -> NoReturn:
         os.write(2, f"{prog}: stopped by {signal.Signals(number).name}\n".encode())
@@ -107,3 +148,8 @@ def end_quietly(prog: str) -> None:
 
     for number in ENDING:
         signal.signal(number, end)
+
+
+def _unblock() -> None:
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)

@@ -1,9 +1,8 @@
-"""A teacher's hidden states and attention scores of all examples, on disk: asked for once, read in every epoch.
+"""A teacher's hidden states and attention scores of all examples, cached on disk and read in every epoch.
 
-They are some hundred kilobytes an example, far more than memory has room for. So they lie in the cache as
-two flat files, `hidden` and `scores`, each example's values side by side and without padding, the longest
-example first; a training step copies those of its examples out of memory maps. What a state or score is
-compared with, and which are wanted, is for `stages.py`.
+They take some hundred kilobytes per example, more than memory has room for. They lie in the cache as two flat files,
+`hidden` and `scores`: each example's values side by side, without padding, the longest example first. A training
+step copies those of its examples out of memory maps.
 """
 
 from __future__ import annotations
@@ -20,20 +19,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_processing.batching import Batch, Collator
-from data_processing.cache import Cache, write_values
-from data_processing.features import Features
+from data_processing.batching import Batch
+from data_processing.cache import Cache, digest, write_values
 from distillation.runtime.device import Process
 from distillation.runtime.logs import Progress, clock
-from distillation.runtime.precision import Precision
+from distillation.teacher.query import TeacherQuery
 from transformer.errors import UserError
-from transformer.heads import TinyBertForSequenceClassification, TinyBertOutput
+from transformer.heads import TinyBertOutput
 
 logger = logging.getLogger(__name__)
 
 _KIND = "teacher_states"
-_LENGTH = -1  # in a shape: the example's
-# numpy has no bf16: its bits are kept.
+_LENGTH = -1  # in a shape: the example's length
+_SAMPLE = 64  # examples whose values are compared when a run is resumed
+# numpy has no bf16: the file holds its bits.
 _STORED: dict[torch.dtype, np.dtype] = {
     torch.float32: np.dtype(np.float32),
     torch.float16: np.dtype(np.float16),
@@ -46,7 +45,7 @@ _TYPES = {stored: dtype for dtype, stored in _STORED.items()}
 class Part:
     """One of the two files.
 
-    shape: of an example's values, _LENGTH where its length stands: [layers, length, hidden], or
+    shape: of an example's values, with _LENGTH for its length: [layers, length, hidden] or
         [layers, heads, query, key].
     """
 
@@ -54,32 +53,47 @@ class Part:
     shape: tuple[int, ...]
 
     def of(self, length: int) -> tuple[int, ...]:
-        """The shape of an example of this length."""
+        """Return the shape for an example of this length."""
         return tuple(length if size == _LENGTH else size for size in self.shape)
 
     def sizes(self, lengths: np.ndarray) -> np.ndarray:
-        """How many values examples of these lengths have."""
+        """Return the number of values of examples of these lengths."""
         return np.prod([lengths if size == _LENGTH else np.full_like(lengths, size) for size in self.shape], axis=0)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where everything lies in the files.
+    """Where each example's values lie in the files.
 
-    lengths: [examples]. parts: those that are wanted.
+    hidden_layers, attention_layers: those cached, ascending. parts: of the layers, those that are not empty.
+    lengths: [examples].
     """
 
-    lengths: np.ndarray
+    hidden_layers: tuple[int, ...]
+    attention_layers: tuple[int, ...]
     parts: tuple[Part, ...]
+    lengths: np.ndarray
+
+    @classmethod
+    def of(cls, query: TeacherQuery, layers: tuple[tuple[int, ...], tuple[int, ...]]) -> Layout:
+        """Return the layout of these hidden and attention layers of a teacher."""
+        hidden, attention = (tuple(sorted(set(wanted))) for wanted in layers)
+        config = query.model.config
+        parts = (
+            Part("hidden", (len(hidden), _LENGTH, config.hidden_size)),
+            Part("scores", (len(attention), config.num_attention_heads, _LENGTH, _LENGTH)),
+        )
+        lengths = query.features.lengths.astype(np.int64)
+        return cls(hidden, attention, tuple(part for part in parts if part.shape[0]), lengths)
 
     @cached_property
     def order(self) -> np.ndarray:
-        """[examples] their numbers as they lie and are asked about."""
-        # The longest first: memory that suffices for them always does.
+        """The examples [examples] in the order of the files and of the computation."""
+        # The longest first: if memory suffices for them, it suffices for all.
         return np.argsort(-self.lengths, kind="stable")
 
     def starts(self, part: Part) -> np.ndarray:
-        """[examples + 1]: the number of each example's first value, by the example's number; and of all values."""
+        """Return [examples + 1]: the position of each example's first value, and the number of all values."""
         ends = np.cumsum(part.sizes(self.lengths[self.order]))
         starts = np.zeros(len(self.order) + 1, dtype=np.int64)
         starts[self.order[1:]] = ends[:-1]
@@ -88,101 +102,15 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class TeacherQuery:
-    """What a teacher is asked about a training set.
-
-    model: on the process's device, in eval mode.
-    padding: to the longest of a batch.
-    hidden_layers, attention_layers: those wanted, ascending, as for `BertModel`.
-    batch_size: how many examples it is asked about at a time.
-    """
-
-    model: TinyBertForSequenceClassification
-    features: Features
-    collator: Collator
-    hidden_layers: tuple[int, ...]
-    attention_layers: tuple[int, ...]
-    batch_size: int
-    process: Process
-    precision: Precision
-
-    def layout(self) -> Layout:
-        """How the answers lie in their files."""
-        config = self.model.config
-        parts = (
-            Part("hidden", (len(self.hidden_layers), _LENGTH, config.hidden_size)),
-            Part("scores", (len(self.attention_layers), config.num_attention_heads, _LENGTH, _LENGTH)),
-        )
-        return Layout(self.features.lengths.astype(np.int64), tuple(part for part in parts if part.shape[0]))
-
-    @torch.no_grad()
-    def answers(self, examples: np.ndarray) -> dict[str, Tensor]:
-        """What it says of a batch.
-
-        Returns:
-            `hidden` [batch, layers, length, hidden] and `scores` [batch, layers, heads, query, key].
-        """
-        batch = self.collator.collate(self.features, examples).to(self.process.device)
-        layers = {"hidden_layers": self.hidden_layers, "attention_layers": self.attention_layers}
-        with self.precision.autocast():
-            said = self.model(*batch.inputs, **layers, with_logits=False)
-        found = {"hidden": said.hidden_states, "scores": said.attention_scores}
-        return {name: _stacked(tensors) for name, tensors in found.items() if tensors}
-
-    def write_answers(self, layout: Layout, folder: Path, peers: range) -> None:
-        """Asks, and writes what it says into the files that were reserved.
-
-        Args:
-            peers: the ranks of the processes that share this work; they take turns at the batches.
-
-        Raises:
-            OSError: a file cannot be written.
-        """
-        starts = {part.name: layout.starts(part) for part in layout.parts}
-        batches = [layout.order[i : i + self.batch_size] for i in range(0, len(layout.order), self.batch_size)]
-        own = batches[self.process.rank - peers.start :: len(peers)]
-        progress = Progress("the teacher's states", len(own), self.process.is_main, unit="batch")
-        with contextlib.closing(progress):
-            for examples in own:
-                answers = self.answers(examples)
-                for part in layout.parts:
-                    values = _without_padding(part, _as_stored(answers[part.name]), layout.lengths[examples])
-                    write_values(folder / f"{part.name}.npy", int(starts[part.name][examples[0]]), values)
-                progress.advance()
-
-
-def _stacked(layers: Sequence[Tensor]) -> Tensor:
-    """[batch, layers, ...] of a tensor [batch, ...] a layer; layers of several types in one that holds all exactly."""
-    dtype = reduce(torch.promote_types, (layer.dtype for layer in layers))
-    return torch.stack([layer.to(dtype) for layer in layers], dim=1)
-
-
-def _as_stored(tensor: Tensor) -> np.ndarray:
-    """The same values, or their bits, in the type of a file."""
-    stored = tensor.contiguous().cpu()
-    return (stored.view(torch.uint16) if stored.dtype == torch.bfloat16 else stored).numpy()
-
-
-def _without_padding(part: Part, padded: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The values of a batch's examples, whose lengths do not grow, side by side."""
-    pieces = []
-    ends = [*(np.flatnonzero(np.diff(lengths)) + 1).tolist(), len(lengths)]
-    for begin, end in zip([0, *ends[:-1]], ends, strict=True):  # examples of one length
-        real = (slice(begin, end), *map(slice, part.of(int(lengths[begin]))))
-        pieces.append(padded[real].reshape(-1))
-    return np.concatenate(pieces)
-
-
-@dataclass(frozen=True)
 class _Values:
-    """A part's values: flat, mapped into memory, and where each example's begin."""
+    """A part's values: flat, mapped into memory, with the start of each example's."""
 
     part: Part
     values: np.ndarray
     starts: np.ndarray
 
     def padded(self, examples: np.ndarray, lengths: np.ndarray, width: int) -> Tensor:
-        """[batch, *shape], 0 at padding; of an example that is not padded all is one copy."""
+        """Return [batch, *shape] with 0 at padding."""
         padded = np.zeros((len(examples), *self.part.of(width)), dtype=self.values.dtype)
         starts = self.starts[examples]
         ends = starts + self.part.sizes(lengths)
@@ -193,129 +121,190 @@ class _Values:
 
 
 class CachedStates:
-    """What is kept of all examples, for the steps that read it; several threads may.
+    """The cached states and scores of all examples; several threads may read them.
 
     Args:
-        layout: of the files.
-        arrays: their flat values, by the parts' names.
-        hidden_layers, attention_layers: the layers they hold, ascending.
+        arrays: the files' flat values, by the parts' names.
     """
 
-    def __init__(
-        self,
-        layout: Layout,
-        arrays: dict[str, np.ndarray],
-        hidden_layers: tuple[int, ...],
-        attention_layers: tuple[int, ...],
-    ) -> None:
-        self._lengths = layout.lengths
-        # A plain view of the map: a memory map's own kind of array takes longer to slice.
+    def __init__(self, layout: Layout, arrays: dict[str, np.ndarray]) -> None:
+        self._layout = layout
+        # A plain view of each map: slicing numpy's memmap class takes longer.
         self._values = {
             part.name: _Values(part, arrays[part.name].view(np.ndarray), layout.starts(part)) for part in layout.parts
         }
-        self._hidden_layers, self._attention_layers = hidden_layers, attention_layers
 
-    def fetch(self, batch: Batch) -> Batch:
-        """The batch, which is in memory, with what is kept of its examples."""
-        examples, width = batch.examples.numpy(), batch.input_ids.shape[1]
-        lengths = self._lengths[examples]
-        padded = {name: values.padded(examples, lengths, width) for name, values in self._values.items()}
+    def add_to(self, batch: Batch) -> Batch:
+        """Return a batch, in CPU memory, together with the cached values of its examples."""
+        padded = self._padded(batch.examples.numpy(), batch.input_ids.shape[1])
         return batch._replace(teacher_states=padded.get("hidden"), teacher_scores=padded.get("scores"))
 
     def output(self, batch: Batch, hidden_layers: Sequence[int], attention_layers: Sequence[int]) -> TinyBertOutput:
-        """What the teacher would say of a fetched batch, in these of the layers."""
+        """Return what the teacher would output for these layers of a batch that `add_to` returned."""
         return TinyBertOutput(
             None,
-            _chosen(batch.teacher_scores, self._attention_layers, attention_layers),
-            _chosen(batch.teacher_states, self._hidden_layers, hidden_layers),
+            _chosen(batch.teacher_scores, self._layout.attention_layers, attention_layers),
+            _chosen(batch.teacher_states, self._layout.hidden_layers, hidden_layers),
         )
 
+    def sample_digest(self) -> str:
+        """Return a digest of some examples' values, spread over the training set; all may be many gigabytes."""
+        lengths = self._layout.lengths
+        examples = np.unique(np.linspace(0, len(lengths) - 1, _SAMPLE).astype(np.int64))
+        padded = self._padded(examples, int(lengths[examples].max()))
+        return digest(**{name: part.view(torch.uint8).numpy() for name, part in padded.items()})
 
-def _chosen(fetched: Tensor | None, held: tuple[int, ...], wanted: Sequence[int]) -> tuple[Tensor, ...]:
+    def _padded(self, examples: np.ndarray, width: int) -> dict[str, Tensor]:
+        lengths = self._layout.lengths[examples]
+        return {name: values.padded(examples, lengths, width) for name, values in self._values.items()}
+
+
+def _chosen(values: Tensor | None, cached: tuple[int, ...], wanted: Sequence[int]) -> tuple[Tensor, ...]:
     if not wanted:
         return ()
-    assert fetched is not None  # `fetch` was called, and what is wanted is kept
-    return tuple(fetched[:, held.index(layer)] for layer in wanted)
+    assert values is not None  # `add_to` was called, and all wanted layers are cached
+    return tuple(values[:, cached.index(layer)] for layer in wanted)
 
 
-def load_or_compute_states(question: TeacherQuery, key: str, cache: Cache) -> CachedStates | None:
-    """What is kept under a key; where that is nothing the teacher is asked first, on each machine that lacks it.
+def load_or_compute_states(query: TeacherQuery, layers: tuple[tuple[int, ...], tuple[int, ...]]) -> CachedStates | None:
+    """Return the cached states of every example; on each machine that lacks them, compute them first.
+
+    Args:
+        layers: the hidden layers and the attention layers that a stage reads.
 
     Returns:
-        What is kept, in every process, or None in all of them: a line then says why.
+        The states, in every process; or None in all of them where they cannot be cached, and a warning says why.
     """
-    process, examples, layout = question.process, len(question.features), question.layout()
-    known = _find(cache, key, layout)
-    found = process.gather(known is not None)
+    process, examples, layout = query.predictor.process, len(query.features), Layout.of(query, layers)
+    key = query.key(states=[layout.hidden_layers, layout.attention_layers])
+    arrays = _find(query.cache, key, layout)
+    found = process.gather(arrays is not None)
     if all(found):
-        logger.info("the teacher's states of %d examples are kept from an earlier run", examples)
+        logger.info("the teacher's states of %d examples were cached by an earlier run", examples)
     else:
-        peers = _peers(process)
+        peers = _ranks_of_this_machine(process)
         try:
-            _ask(question, layout, key, cache, peers, asks=not all(found[rank] for rank in peers))
-            with process.raise_on_all_ranks(), _told(cache):
-                known = _find(cache, key, layout)
-                if known is None:
-                    raise OSError("what was kept there is gone")
+            _compute(query, layout, key, peers, needed=not all(found[rank] for rank in peers))
+            with process.raise_on_all_ranks(), _as_user_errors(query.cache):
+                arrays = _find(query.cache, key, layout)
+                if arrays is None:
+                    raise OSError("the new cache entry is gone")
         except UserError as error:
-            logger.warning("--cache_teacher_states: %s; the teacher is asked in every step instead", error)
+            logger.warning("--cache_teacher_states: %s; the teacher runs in every step instead", error)
             return None
-    assert known is not None
-    return CachedStates(layout, known, question.hidden_layers, question.attention_layers)
+    assert arrays is not None
+    return CachedStates(layout, arrays)
 
 
-def _ask(question: TeacherQuery, layout: Layout, key: str, cache: Cache, peers: range, asks: bool) -> None:
-    """Makes the entry, unless this machine has it (`asks`).
+def _compute(query: TeacherQuery, layout: Layout, key: str, peers: range, needed: bool) -> None:
+    """Make the cache entry; where this machine has it already (not `needed`), only wait for the others.
 
     Raises:
-        UserError: in all processes, where one of them cannot do its part; nothing is left.
+        UserError: in all processes, where one of them fails; no entry stays.
     """
-    process, examples = question.process, len(question.features)
+    cache, process, examples = query.cache, query.predictor.process, len(query.features)
     with contextlib.ExitStack() as stack:
-        making = None
-        with process.raise_on_all_ranks(), _told(cache):
+        entry = None
+        with process.raise_on_all_ranks(), _as_user_errors(cache):
             if cache.folder is None:
-                raise UserError("nothing is kept, for --cache_limit is 0 or there is no --cache_dir")
-            probe = question.answers(layout.order[-1:])
-            files = {
-                part.name: (int(layout.starts(part)[-1]), _STORED[probe[part.name].dtype]) for part in layout.parts
-            }
-            size = sum(count * dtype.itemsize for count, dtype in files.values())
+                raise UserError("there is no cache, since --cache_limit is 0 or there is no --cache_dir")
+            files, size = _files(query, layout)
             if size > cache.limit:
                 raise UserError(
                     f"the states of {examples} examples are {size / 1e9:.3g} GB, "
                     f"--cache_limit allows {cache.limit / 1e9:.3g}"
                 )
-            if asks and process.is_local_rank_zero:
-                making = cache.make(_KIND, key, files)
-                stack.callback(making.discard)  # which does nothing to what is kept
+            if needed and process.is_local_rank_zero:
+                entry = cache.make(_KIND, key, files)
+                stack.callback(entry.discard)  # does nothing once the entry is complete
         logger.info(
-            "the teacher is asked about %d examples, once for all epochs; %.3g GB of states and scores are kept in %s",
+            "computing the teacher's states of %d examples, once for all epochs; %.3g GB are cached in %s",
             examples,
             size / 1e9,
             cache.folder,
         )
-        folder = process.gather(making.folder if making else None)[peers.start]
+        folder = process.gather(entry.folder if entry else None)[peers.start]
         begin = time.monotonic()
-        with process.raise_on_all_ranks(), _told(cache):
-            if asks:
-                question.write_answers(layout, folder, peers)
-        with process.raise_on_all_ranks(), _told(cache):
-            if making:
-                making.keep()
-    logger.info("the teacher was asked about %d examples in %s", examples, clock(time.monotonic() - begin))
+        with process.raise_on_all_ranks(), _as_user_errors(cache):
+            if needed:
+                _write(query, layout, folder, peers)
+        with process.raise_on_all_ranks(), _as_user_errors(cache):
+            if entry:
+                entry.keep()
+    logger.info("computed the teacher's states of %d examples in %s", examples, clock(time.monotonic() - begin))
+
+
+def _files(query: TeacherQuery, layout: Layout) -> tuple[dict[str, tuple[int, np.dtype]], int]:
+    """Return each file's number of values and type, which one short batch shows, and the bytes of all."""
+    probe = _outputs(query, layout, layout.order[-1:])
+    files = {part.name: (int(layout.starts(part)[-1]), _STORED[probe[part.name].dtype]) for part in layout.parts}
+    return files, sum(count * dtype.itemsize for count, dtype in files.values())
+
+
+def _write(query: TeacherQuery, layout: Layout, folder: Path, peers: range) -> None:
+    """Compute this process's share of the batches, and write the values into the reserved files.
+
+    Args:
+        peers: the ranks of this machine's processes, which take turns at the batches.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    process, size = query.predictor.process, query.predictor.batch_size
+    starts = {part.name: layout.starts(part) for part in layout.parts}
+    batches = [layout.order[i : i + size] for i in range(0, len(layout.order), size)]
+    own = batches[process.rank - peers.start :: len(peers)]
+    progress = Progress("teacher states", len(own), process.is_main, unit="batch")
+    with contextlib.closing(progress):
+        for examples in own:
+            outputs = _outputs(query, layout, examples)
+            for part in layout.parts:
+                values = _without_padding(part, _as_stored(outputs[part.name]), layout.lengths[examples])
+                write_values(folder / f"{part.name}.npy", int(starts[part.name][examples[0]]), values)
+            progress.advance()
+
+
+@torch.no_grad()
+def _outputs(query: TeacherQuery, layout: Layout, examples: np.ndarray) -> dict[str, Tensor]:
+    """Return `hidden` [batch, layers, length, hidden] and `scores` [batch, layers, heads, query, key] of a batch."""
+    batch = query.collator.collate(query.features, examples).to(query.predictor.process.device)
+    layers = {"hidden_layers": layout.hidden_layers, "attention_layers": layout.attention_layers}
+    with query.predictor.precision.autocast():
+        output = query.model(*batch.inputs, **layers, with_logits=False)
+    found = {"hidden": output.hidden_states, "scores": output.attention_scores}
+    return {name: _stacked(tensors) for name, tensors in found.items() if tensors}
+
+
+def _stacked(layers: Sequence[Tensor]) -> Tensor:
+    """Stack tensors [batch, ...] to [batch, layers, ...], in a type that holds the values of all of them exactly."""
+    dtype = reduce(torch.promote_types, (layer.dtype for layer in layers))
+    return torch.stack([layer.to(dtype) for layer in layers], dim=1)
+
+
+def _as_stored(tensor: Tensor) -> np.ndarray:
+    stored = tensor.contiguous().cpu()
+    return (stored.view(torch.uint16) if stored.dtype == torch.bfloat16 else stored).numpy()
+
+
+def _without_padding(part: Part, padded: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Return the values of a batch's examples side by side; `lengths` never increases."""
+    pieces = []
+    ends = [*(np.flatnonzero(np.diff(lengths)) + 1).tolist(), len(lengths)]
+    for begin, end in zip([0, *ends[:-1]], ends, strict=True):  # examples of one length
+        real = (slice(begin, end), *map(slice, part.of(int(lengths[begin]))))
+        pieces.append(padded[real].reshape(-1))
+    return np.concatenate(pieces)
 
 
 def _find(cache: Cache, key: str, layout: Layout) -> dict[str, np.ndarray] | None:
-    """The files' arrays under a key, where all are there and whole."""
-    known = cache.get(_KIND, key, [part.name for part in layout.parts])
-    if known is None or any(known[part.name].shape != (layout.starts(part)[-1],) for part in layout.parts):
+    """Return the files' arrays where all of them exist in their full size."""
+    arrays = cache.get(_KIND, key, [part.name for part in layout.parts])
+    if arrays is None or any(arrays[part.name].shape != (layout.starts(part)[-1],) for part in layout.parts):
         return None
-    return known
+    return arrays
 
 
-def _peers(process: Process) -> range:
-    """The ranks of the processes on this one's machine."""
+def _ranks_of_this_machine(process: Process) -> range:
     firsts = [rank for rank, is_first in enumerate(process.gather(process.is_local_rank_zero)) if is_first]
     return next(
         range(first, after)
@@ -325,11 +314,11 @@ def _peers(process: Process) -> range:
 
 
 @contextlib.contextmanager
-def _told(cache: Cache) -> Iterator[None]:
-    """Makes of what may go wrong with a disk or a device a UserError, which `Process.together` tells all processes."""
+def _as_user_errors(cache: Cache) -> Iterator[None]:
+    """Turn errors of the disk or the device into a UserError, which `raise_on_all_ranks` sends to all processes."""
     try:
         yield
     except OSError as error:
         raise UserError(f"{error.filename or cache.folder}: {error.strerror or error}") from None
-    except (RuntimeError, MemoryError) as error:  # a device's memory is a RuntimeError
+    except (RuntimeError, MemoryError) as error:  # a device that is out of memory raises RuntimeError
         raise UserError(str(error).partition("\n")[0] or type(error).__name__) from None

@@ -1,8 +1,8 @@
 """The losses of TinyBERT (paper, section 3.1) as sums over a micro-batch.
 
-Each function returns Σ over the examples it is given, divided by what the whole optimizer step
-holds (`Totals`). So the parts that processes and micro-batches compute add up to the loss of the
-step, and its gradient is the same however the step was cut. No weights, no state, no models.
+Each function sums over the examples of its micro-batch and divides by the denominators of the whole optimizer step
+(`LossDenominators`). The terms of all processes and micro-batches therefore add up to the loss of the step, and its
+gradient does not depend on how the step was split. Pure functions: no weights, no state, no models.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformer.errors import UserError
 
 
 def uniform_layer_map(student_layers: int, teacher_layers: int) -> tuple[int, ...]:
-    """The teacher's layer g(m) = k·m for each student layer m = 1..M, with k = teacher / student layers.
+    """Return the teacher's layer g(m) = k·m for each student layer m = 1..M, with k = teacher / student layers.
 
     Raises:
         UserError: the teacher's depth is no multiple of the student's.
@@ -35,7 +35,7 @@ def uniform_layer_map(student_layers: int, teacher_layers: int) -> tuple[int, ..
 
 
 def choose_layer_map(choice: str | tuple[int, ...], student_layers: int, teacher_layers: int) -> tuple[int, ...]:
-    """The teacher's layer g(m) for each student layer m = 1..M.
+    """Return the teacher's layer g(m) for each student layer m = 1..M.
 
     Args:
         choice: `uniform`; `top` or `bottom`, the teacher's last or first M layers (paper, section 4.5);
@@ -59,25 +59,25 @@ def choose_layer_map(choice: str | tuple[int, ...], student_layers: int, teacher
     return tuple(range(first + 1, first + student_layers + 1))
 
 
-def squared_error(ours: Tensor, theirs: Tensor, counted: Tensor) -> Tensor:
-    """Σ (ours - theirs)² where `counted` is 1, in fp32; where it is 0 nothing counts. Only ours has a gradient.
+def squared_error(student: Tensor, teacher: Tensor, counted: Tensor) -> Tensor:
+    """Return Σ (student - teacher)² over the elements where `counted` is 1, in fp32.
 
     Args:
-        ours, theirs: of one shape, in any types.
+        student, teacher: of one shape, of any types; only the student gets a gradient.
         counted: zeros and ones, of a shape that broadcasts to theirs.
     """
-    return _SquaredError.apply(ours, theirs, counted)
+    return _SquaredError.apply(student, teacher, counted)
 
 
 class _SquaredError(torch.autograd.Function):
-    """Half the passes over memory that autograd would make of the same: the gradient is the kept error, scaled."""
+    """Half as many passes over memory as autograd needs: the gradient is the saved error times a scalar."""
 
     @staticmethod
-    def forward(ctx: Any, ours: Tensor, theirs: Tensor, counted: Tensor) -> Tensor:
-        error = ours.float() - theirs.float()
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, counted: Tensor) -> Tensor:
+        error = student.float() - teacher.float()
         error *= counted
         ctx.save_for_backward(error)
-        ctx.dtype = ours.dtype
+        ctx.dtype = student.dtype
         return error.square().sum()
 
     @staticmethod
@@ -94,45 +94,47 @@ def attention_loss(
     query_mask: Tensor,
     denominators: LossDenominators,
 ) -> Tensor:
-    """Equation 7: squared error of the unnormalised attention scores, summed over layers.
+    """Return equation 7: the squared error of the unnormalised attention scores, summed over layers.
 
     Args:
-        student, teacher: a tensor [batch, heads, query, key] a layer, the scores before the softmax.
-        key_mask: [batch, length], 0 at keys whose scores count as equal (padding), else 1.
-        query_mask: [batch, length], 0 at queries that do not count, else 1.
-        totals: of the whole optimizer step.
+        student, teacher: for each layer the scores before the softmax, [batch, heads, query, key].
+        key_mask: [batch, length], 0 at keys to leave out (padding), else 1.
+        query_mask: [batch, length], 0 at queries to leave out, else 1.
+        denominators: of the whole optimizer step.
     """
     counted = (query_mask[:, None, :, None] * key_mask[:, None, None, :]).float()
     loss = counted.new_zeros(())
-    for ours, theirs in zip(student, teacher, strict=True):
-        loss = loss + squared_error(ours, theirs, counted) / (denominators.pairs * ours.shape[1])
+    for student_layer, teacher_layer in zip(student, teacher, strict=True):
+        heads = student_layer.shape[1]
+        loss = loss + squared_error(student_layer, teacher_layer, counted) / (denominators.pairs * heads)
     return loss
 
 
 def hidden_loss(
     student: Sequence[Tensor], teacher: Sequence[Tensor], token_mask: Tensor, denominators: LossDenominators
 ) -> Tensor:
-    """Equations 8 and 9: squared error of the hidden states, the embedding output's included.
+    """Return equations 8 and 9: the squared error of the hidden states, the embedding output included.
 
     Args:
-        student, teacher: a tensor [batch, length, teacher hidden] a layer; the student's projected.
-        token_mask: [batch, length], 0 at tokens that do not count, else 1.
-        totals: of the whole optimizer step.
+        student, teacher: for each layer [batch, length, teacher hidden]; the student's are projected.
+        token_mask: [batch, length], 0 at tokens to leave out, else 1.
+        denominators: of the whole optimizer step.
     """
     counted = token_mask[:, :, None].float()
     loss = counted.new_zeros(())
-    for ours, theirs in zip(student, teacher, strict=True):
-        loss = loss + squared_error(ours, theirs, counted) / (denominators.tokens * theirs.shape[-1])
+    for student_layer, teacher_layer in zip(student, teacher, strict=True):
+        width = teacher_layer.shape[-1]
+        loss = loss + squared_error(student_layer, teacher_layer, counted) / (denominators.tokens * width)
     return loss
 
 
 def prediction_loss(student: Tensor, teacher: Tensor, temperature: float, denominators: LossDenominators) -> Tensor:
-    """Equation 10: cross-entropy with the teacher's softened prediction, a mean over examples and classes.
+    """Return equation 10: cross-entropy with the teacher's softened prediction, a mean over examples and classes.
 
     Args:
         student, teacher: logits [batch, classes].
-        temperature: both are divided by it before the softmax.
-        totals: of the whole optimizer step.
+        temperature: divides both before the softmax.
+        denominators: of the whole optimizer step.
     """
     target = functional.softmax(teacher.float() / temperature, dim=-1)
     predicted = functional.log_softmax(student.float() / temperature, dim=-1)
@@ -140,15 +142,15 @@ def prediction_loss(student: Tensor, teacher: Tensor, temperature: float, denomi
 
 
 def label_loss(logits: Tensor, labels: Tensor, denominators: LossDenominators) -> Tensor:
-    """Cross-entropy of logits [batch, classes] with label ids [batch], a mean over examples."""
+    """Return the cross-entropy of logits [batch, classes] with label ids [batch], a mean over examples."""
     return functional.cross_entropy(logits.float(), labels, reduction="sum") / denominators.examples
 
 
 def regression_loss(scores: Tensor, targets: Tensor, denominators: LossDenominators) -> Tensor:
-    """Squared error of scores [batch, 1] against targets, [batch] or [batch, 1]; a mean over examples."""
+    """Return the squared error of scores [batch, 1] against targets, [batch] or [batch, 1]; a mean over examples."""
     return (scores.float().flatten() - targets.float().flatten()).square().sum() / denominators.examples
 
 
 def all_tokens(mask: Tensor) -> Tensor:
-    """A mask [batch, length] that lets padding count, as the original's means do."""
+    """Return a mask [batch, length] that counts padding too, as the original's means do."""
     return torch.ones_like(mask)

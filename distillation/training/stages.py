@@ -1,6 +1,6 @@
-"""What each kind of training asks of a batch: its loss, its schedule, the parameters it trains.
+"""What each kind of training computes for a batch: its loss terms, its schedule, the parameters that it trains.
 
-The loop (`trainer.py`) is one for all of them.
+The loop (`trainer.py`) is the same for all of them.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from distillation.teacher.teacher import Teacher
 from distillation.training import losses
 from transformer.heads import TinyBertOutput
 
-Losses = dict[str, Tensor]
+LossTerms = dict[str, Tensor]
 
 
 class TrainingStage(Protocol):
     """One kind of training.
 
-    schedule: a name of BertAdam's schedules.
-    unused: prefixes of the parameters that its loss does not reach; they are frozen.
-    by_metric: whether the dev metric chooses the checkpoint that stays; otherwise it is the last.
+    schedule: the name of a BertAdam schedule.
+    unused: prefixes of the parameters that the loss does not reach; they are frozen.
+    by_metric: whether the dev metric chooses the checkpoint that is kept; otherwise the last one is kept.
     """
 
     @property
@@ -36,22 +36,22 @@ class TrainingStage(Protocol):
     @property
     def by_metric(self) -> bool: ...
 
-    def fetch(self, batch: Batch) -> Batch:
-        """The batch with all that its losses read from the disk; called ahead, by the threads that prepare batches."""
+    def prepare(self, batch: Batch) -> Batch:
+        """Add what the losses read from the disk; called ahead of the step, in the threads that prepare batches."""
         ...
 
-    def losses(self, model: Callable[..., TinyBertOutput], batch: Batch, denominators: LossDenominators) -> Losses:
-        """The terms of the loss by the names that logs give them; their sum is what is minimised."""
+    def losses(self, model: Callable[..., TinyBertOutput], batch: Batch, denominators: LossDenominators) -> LossTerms:
+        """Return the loss terms by their names in the logs; training minimizes their sum."""
         ...
 
 
 @dataclass(frozen=True)
 class IntermediateStage:
-    """Attention scores, hidden states and embeddings (paper, equation 11 with m <= M); constant rate.
+    """Attention scores, hidden states and embeddings (paper, equation 11 with m <= M); constant learning rate.
 
-    layer_map: the teacher's layer for each of the student's layers, from 1.
+    layer_map: for each student layer the teacher's layer, counted from 1.
     padding_counts: whether the means run over padding too, as the original's do.
-    parts: which of `attention`, `hidden` and `embedding` are learned.
+    parts: the losses in use, of `attention`, `hidden` and `embedding`.
     """
 
     teacher: Teacher
@@ -67,7 +67,7 @@ class IntermediateStage:
         unused = ["classifier.", "bert.pooler."]
         if "hidden" not in self.parts:
             unused += [f"fit_denses.{layer}." for layer in own]
-            if "attention" in self.parts:  # of the last layer only what its scores are made of
+            if "attention" in self.parts:  # the last layer's scores need its queries and keys only
                 last = f"bert.encoder.layer.{len(self.layer_map) - 1}."
                 unused += [last + part for part in ("attention.self.value.", "attention.output.", "intermediate.")]
                 unused += [last + "output."]
@@ -80,21 +80,21 @@ class IntermediateStage:
         return tuple(unused)
 
     @property
-    def taught_layers(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The teacher's layers whose hidden states are read, the embedding output being 0, and those of its scores."""
+    def teacher_layers(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The teacher's layers whose hidden states are read (0 is the embedding output), and whose scores are."""
         return self._hidden_layers()[1], self.layer_map if "attention" in self.parts else ()
 
-    def fetch(self, batch: Batch) -> Batch:
-        return self.teacher.fetch(batch)
+    def prepare(self, batch: Batch) -> Batch:
+        return self.teacher.add_cached_states(batch)
 
-    def losses(self, model: Callable[..., TinyBertOutput], batch: Batch, denominators: LossDenominators) -> Losses:
+    def losses(self, model: Callable[..., TinyBertOutput], batch: Batch, denominators: LossDenominators) -> LossTerms:
         attention = "attention" in self.parts
-        learned_layers = self._hidden_layers()[0]
-        taught = self.teacher.states(batch, *self.taught_layers)
-        learned = model(
+        student_layers = self._hidden_layers()[0]
+        teacher = self.teacher.states(batch, *self.teacher_layers)
+        student = model(
             *batch.inputs,
             is_student=True,
-            hidden_layers=learned_layers,
+            hidden_layers=student_layers,
             attention_layers=range(1, len(self.layer_map) + 1) if attention else (),
             with_logits=False,
         )
@@ -102,14 +102,14 @@ class IntermediateStage:
         terms = {}
         if attention:
             terms["att_loss"] = losses.attention_loss(
-                learned.attention_scores, taught.attention_scores, batch.attention_mask, tokens, denominators
+                student.attention_scores, teacher.attention_scores, batch.attention_mask, tokens, denominators
             )
-        if learned_layers:
-            terms["rep_loss"] = losses.hidden_loss(learned.hidden_states, taught.hidden_states, tokens, denominators)
+        if student_layers:
+            terms["rep_loss"] = losses.hidden_loss(student.hidden_states, teacher.hidden_states, tokens, denominators)
         return terms
 
     def _hidden_layers(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The student's layers whose states are compared, the embedding output being 0, and the teacher's."""
+        """The student's layers whose hidden states are compared (0 is the embedding output), and the teacher's."""
         embedding = (0,) if "embedding" in self.parts else ()
         if "hidden" not in self.parts:
             return embedding, embedding
@@ -120,8 +120,8 @@ class IntermediateStage:
 class PredictionStage:
     """The teacher's soft logits (paper, equation 11 with m = M + 1); warm-up, then linear decay.
 
-    regression_target: where the task is a regression, whose scores are learned, by squared error: the
-    `labels`, as in the original, or the `teacher`'s; None where it is none.
+    regression_target: for a regression, what the squared error compares with: the `labels`, as in the original, or
+        the `teacher`'s scores; None for a classification.
     """
 
     teacher: Teacher
@@ -131,10 +131,10 @@ class PredictionStage:
     unused: tuple[str, ...] = ("fit_dense.", "fit_denses.")
     by_metric: bool = True
 
-    def fetch(self, batch: Batch) -> Batch:
+    def prepare(self, batch: Batch) -> Batch:
         return batch
 
-    def losses(self, model: Callable[..., TinyBertOutput], batch: Batch, denominators: LossDenominators) -> Losses:
+    def losses(self, model: Callable[..., TinyBertOutput], batch: Batch, denominators: LossDenominators) -> LossTerms:
         if self.regression_target == "labels":
             return {"cls_loss": losses.regression_loss(_logits(model, batch), batch.labels, denominators)}
         target = self.teacher.logits(batch)
@@ -145,7 +145,7 @@ class PredictionStage:
 
 @dataclass(frozen=True)
 class FineTuning:
-    """The labels themselves, no teacher: how a teacher is made; warm-up, then linear decay.
+    """Training on the labels, without a teacher: how a teacher is made; warm-up, then linear decay.
 
     regression: whether the labels are scores.
     """
@@ -155,21 +155,21 @@ class FineTuning:
     unused: tuple[str, ...] = ("fit_dense.", "fit_denses.")
     by_metric: bool = True
 
-    def fetch(self, batch: Batch) -> Batch:
+    def prepare(self, batch: Batch) -> Batch:
         return batch
 
-    def losses(self, model: Callable[..., TinyBertOutput], batch: Batch, denominators: LossDenominators) -> Losses:
+    def losses(self, model: Callable[..., TinyBertOutput], batch: Batch, denominators: LossDenominators) -> LossTerms:
         loss = losses.regression_loss if self.regression else losses.label_loss
         return {"cls_loss": loss(_logits(model, batch), batch.labels, denominators)}
 
 
 def _logits(model: Callable[..., TinyBertOutput], batch: Batch) -> Tensor:
     logits = model(*batch.inputs, hidden_layers=(), attention_layers=()).logits
-    assert logits is not None  # they were asked for
+    assert logits is not None  # the call asks for logits
     return logits
 
 
 def freeze_unused(model: nn.Module, unused: tuple[str, ...]) -> None:
-    """Freezes what a stage's loss does not reach, so that no process waits for its gradient."""
+    """Freeze the parameters that a stage's loss does not reach, so that DDP does not wait for their gradients."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith(unused))

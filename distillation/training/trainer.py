@@ -1,7 +1,7 @@
 """The training loop: one for both stages of distillation and for fine-tuning.
 
-It calls verbs and knows no file names: what a batch teaches is the stage's, how a model is judged
-and saved is told by its caller.
+`Trainer.fit` is the loop; `state_dict` and `load_state_dict` hold everything that the next step depends on. The
+position in the data follows from the number of steps, since the order is a function of seed and epoch.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import NoReturn, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,54 +23,41 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data_processing.batching import Batch, LossDenominators, Step, TrainingPlan, prefetch
 from data_processing.features import Features
-from distillation.evaluation import Interrupted
-from distillation.runtime.device import Process
+from data_processing.tasks import Task
+from distillation.checkpoints.checkpoint import Checkpointer
+from distillation.checkpoints.outputs import write_results
+from distillation.evaluation import DevSets, Interrupted, Predictor
+from distillation.models import LoadedModel
+from distillation.options import Options
 from distillation.runtime.logs import FpsMeter, Progress, RunLog
-from distillation.runtime.precision import Precision
+from distillation.runtime.random_state import get_random_state, set_random_state
 from distillation.runtime.signals import Stopped
-from distillation.training import training_state
-from distillation.training.stages import TrainingStage
-from distillation.training.training_state import State
-from transformer.errors import UserError
-from transformer.heads import TinyBertForSequenceClassification
+from distillation.runtime.timings import Timings
+from distillation.training.finite_check import FiniteCheck, sum_over_processes
+from distillation.training.stages import TrainingStage, freeze_unused
 from transformer.optimization import BertAdam, decay_groups
 
 logger = logging.getLogger(__name__)
 
 PERFORMANCE_STEPS = 1000
-# A stage that no metric chooses in keeps its newest weights; writing them more often would only cost time.
+# A stage without a metric keeps its newest weights; writing them more often would only cost time.
 SECONDS_BETWEEN_SAVES = 60.0
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """How long a run trains and how often it stops to look."""
+class Datasets:
+    """The tokenized training set and dev sets."""
 
-    learning_rate: float
-    weight_decay: float
-    warmup_proportion: float
-    num_train_epochs: float
-    eval_step: int
-    output_txt_step: int
-    workers: int
-    performance: bool
-
-    def stage_steps(self, steps_per_epoch: int) -> int:
-        """The optimizer steps of the whole stage, which the rate's schedule spans."""
-        return max(1, round(steps_per_epoch * self.num_train_epochs))
-
-    def total_steps(self, steps_per_epoch: int) -> int:
-        """The steps that are taken: a performance run leaves its stage early."""
-        steps = self.stage_steps(steps_per_epoch)
-        return min(steps, PERFORMANCE_STEPS) if self.performance else steps
+    train: Features
+    dev: DevSets
 
 
 @dataclass
 class Outcome:
-    """What came of a run.
+    """The result of a run.
 
     best, best_step: the metric that chose the checkpoint, and its step. fps, examples: see `FpsMeter`.
-    seconds: spent beside training, by what for. skipped: steps whose gradients overflowed.
+    seconds: spent outside training, by purpose. skipped: steps whose gradients overflowed.
     """
 
     best: float = -math.inf
@@ -81,175 +68,269 @@ class Outcome:
     seconds: dict[str, float] = field(default_factory=dict)
     skipped: int = 0
 
-
-class Keeper(Protocol):
-    """Who keeps what a run can be resumed from."""
-
-    def wants(self, step: int, rests: bool) -> tuple[bool, int]:
-        """Whether the state is to be saved after this step, and the signal that ends the run, 0 where there is none.
-
-        All processes call this after the same steps and get the same answer. rests: an evaluation or an epoch ends.
-        """
-        ...
-
-    def save(self, state: State) -> None:
-        """Saves the state, of which the main process's is whole."""
-        ...
-
-
-def _meets_few(plan: TrainingPlan, words: int) -> bool:
-    """Whether a step's tokens are so few that processes exchange the rows of the words they meet, not those of all.
-
-    Each then gets the others' rows beside its own, which pays while they are few beside all words. A step's tokens are
-    an upper bound of them: in text many repeat.
-    """
-    return plan.world_size == 1 or plan.batch_size * float(plan.lengths.mean()) < words
+    def best_record(self, task: Task) -> dict[str, Any] | None:
+        """Return the metric that chose the checkpoint, for run.json; None if none did."""
+        if not self.best_step:
+            return None
+        chosen = {"metric": task.metric.chosen_by, "value": self.best, "step": self.best_step}
+        return {**chosen, "chosen_on": task.dev_files[0]}
 
 
 class Trainer:
-    """Trains a model on a plan of batches.
+    """Trains a model on batches of the training set, evaluates it, and saves it.
 
     Args:
-        model: on the process's device, what the stage does not train frozen.
-        stage: the loss and the schedule.
-        features, plan: the training set and the order in which it is learned.
-        schedule: how long and how often.
-        precision: has not been prepared yet.
-        judge: evaluates the model and returns the metric that chooses; called where the stage has one. It raises
-            Interrupted where a signal has come, which the keeper then tells of.
-        save: writes the model, of which so much is known.
-        keeper: keeps the state; None keeps nothing.
+        loaded: its model is on the process's device.
+        stage: the loss and the learning-rate schedule.
+        predictor: how evaluations run; its precision, not prepared yet, is that of the training.
+        timings: collects the seconds of each part of a step.
     """
 
     def __init__(
         self,
-        model: TinyBertForSequenceClassification,
+        loaded: LoadedModel,
         stage: TrainingStage,
-        features: Features,
-        plan: TrainingPlan,
-        schedule: Schedule,
-        process: Process,
-        precision: Precision,
+        data: Datasets,
+        options: Options,
+        predictor: Predictor,
         log: RunLog,
-        judge: Callable[[int], float],
-        save: Callable[[Outcome], None],
-        title: str,
-        keeper: Keeper | None = None,
+        timings: Timings | None = None,
     ) -> None:
-        self.stage, self.features, self.plan, self.schedule = stage, features, plan, schedule
-        self.process, self.precision, self.log, self.title = process, precision, log, title
-        self.judge, self.save, self.keeper = judge, save, keeper
-        self.total_steps = schedule.total_steps(plan.steps_per_epoch)
+        self.loaded, self.stage, self.data, self.options, self.log = loaded, stage, data, options, log
+        self.predictor, self.process, self.precision = predictor, predictor.process, predictor.precision
+        self.timings = timings or Timings()
+        self.plan = TrainingPlan(
+            data.train.lengths,
+            options.train_batch_size,
+            predictor.collator,
+            options.seed,
+            options.gradient_accumulation_steps,
+            self.process.rank,
+            self.process.world_size,
+            options.group_by_length,
+        )
+        self.total_steps = steps_of_run(options, self.plan.steps_per_epoch)
+        model = self.bare_model = loaded.model
+        freeze_unused(model, stage.unused)
         self.optimizer = BertAdam(
-            decay_groups(model, schedule.weight_decay),
-            lr=schedule.learning_rate,
-            warmup=schedule.warmup_proportion,
-            t_total=schedule.stage_steps(plan.steps_per_epoch),
+            decay_groups(model, options.weight_decay),
+            lr=options.learning_rate,
+            warmup=options.warmup_proportion,
+            t_total=steps_of_stage(options, self.plan.steps_per_epoch),
             schedule=stage.schedule,
         )
         words = model.bert.embeddings.word_embeddings
-        # An accelerator would be waited for to count the rows.
+        # An accelerator would have to be synchronized to count the rows.
         words.sparse = (
-            process.device.type == "cpu" and precision.takes_sparse_gradients and _meets_few(plan, len(words.weight))
+            self.process.device.type == "cpu"
+            and self.precision.takes_sparse_gradients
+            and has_few_words_per_step(self.plan, len(words.weight))
         )
-        self.bare_model, self.model = model, self._distributed(precision.prepare(model, self.optimizer))
+        self.model = self._wrap_in_ddp(self.precision.prepare(model, self.optimizer))
+        self.finite_check = FiniteCheck(self.process, self.precision)
         self.outcome = Outcome()
+        self.meter = FpsMeter(self.process)
         self.metric: float | None = None  # of the latest evaluation
-        self._first_bad: tuple[Tensor, tuple[str, ...]] | None = None  # [step, terms of its loss]; step 0 is none
+        self._unevaluated: dict[str, float] | None = None  # a resumed step's loss terms, if its evaluation is due
         self._saved_at = time.monotonic()
 
-    def run(self, state: State | None = None) -> Outcome:
-        """Trains to the end; returns what came of it. The model that stays is on the disk.
-
-        Args:
-            state: of a run that was stopped; this one goes on from there.
+    def fit(self, checkpointer: Checkpointer) -> Outcome:
+        """Train to the end; the model that is kept is on the disk.
 
         Raises:
             UserError: the loss is not finite; what was saved before stays.
-            Stopped: a signal ended the run; its state is saved.
+            Stopped: a signal ended the run; its checkpoint is saved.
         """
-        meter = self.meter = FpsMeter(self.process, self.total_steps - (state["step"] if state else 0))
         self.model.train()
-        if state is not None:
-            self._rehearse()
-            training_state.restore(self, state)
-        progress = Progress(self.title, self.total_steps, self.process.is_main, done=self.outcome.steps)
-        if state is not None and state.get("unjudged") is not None:
+        self.timings.steps_done(self.outcome.steps)
+        self.meter.start(self.total_steps - self.outcome.steps)
+        progress = Progress(self.options.stage.value, self.total_steps, self.process.is_main, done=self.outcome.steps)
+        if self._unevaluated is not None:
             epoch, number = divmod(self.outcome.steps - 1, self.plan.steps_per_epoch)
-            self._after_step(epoch, number, state["unjudged"][self.process.rank])
+            self._finish_step(epoch, number, self._unevaluated, checkpointer)
         for epoch, number, batches, denominators in self._steps():
-            parts = self._learn(batches, denominators)
+            loss_terms = self.train_step(batches, denominators)
             self.outcome.steps += 1
-            meter.count(denominators.examples)
-            progress.advance(partial(self._shown, parts, meter))
-            self._after_step(epoch, number, parts)
+            self.meter.count(denominators.examples)
+            self.timings.steps_done(self.outcome.steps)
+            progress.advance(partial(self._progress_values, loss_terms))
+            self._finish_step(epoch, number, loss_terms, checkpointer)
         progress.close()
-        self.outcome.fps, self.outcome.examples, self.outcome.seconds = meter.fps(), meter.examples, meter.paused
+        self.outcome.fps, self.outcome.examples, self.outcome.seconds = (
+            self.meter.fps(),
+            self.meter.examples,
+            self.meter.paused,
+        )
         self.outcome.skipped = self.precision.skipped
         return self.outcome
 
-    def _after_step(self, epoch: int, number: int, parts: Mapping[str, float | Tensor]) -> None:
-        """What is due after a step: a look at its loss, an evaluation, a line, a saving; or the run's end by a signal.
+    def train_step(self, batches: list[Batch], denominators: LossDenominators) -> dict[str, Tensor]:
+        """Take one optimizer step over its micro-batches; return this process's share of each loss term.
+
+        The terms stay on the device, which is synchronized only when they are read.
+        """
+        self.optimizer.zero_grad()
+        loss_terms: dict[str, Tensor] = {}
+        for number, batch in enumerate(batches, start=1):
+            last = number == len(batches)
+            with contextlib.nullcontext() if last else self._without_sync():
+                with self.timings.part("student"), self.precision.autocast():
+                    terms = self.stage.losses(self.model, batch.to(self.process.device), denominators)
+                    loss = torch.stack(list(terms.values())).sum()
+                # DDP divides the sum of the processes' gradients by their number.
+                with self.timings.part("backward"):
+                    self.precision.backward(loss * self.process.world_size, last)
+            for name, term in terms.items():
+                loss_terms[name] = loss_terms[name] + term.detach() if name in loss_terms else term.detach()
+        with self.timings.part("optimizer"):
+            if not self.precision.synchronizes:
+                self.finite_check.note(self.outcome.steps + 1, self.precision.step_async(self.optimizer), loss_terms)
+            elif not self.precision.step(self.optimizer):
+                self.finite_check.raise_unless_overflow(self.outcome.steps + 1, loss_terms)
+        return loss_terms
+
+    def evaluate_and_save(self, last: bool, checkpointer: Checkpointer) -> None:
+        """Evaluate the model where the stage has a metric; save the model where it is to be kept.
+
+        Raises:
+            Interrupted: a signal came during the evaluation.
+        """
+        if self.stage.by_metric:
+            with self.meter.pause("evaluation"), self.timings.part("evaluation"):
+                self.metric = self._evaluate(checkpointer)
+            keep = self.metric > self.outcome.best
+            if keep:
+                self.outcome.best, self.outcome.best_step = self.metric, self.outcome.steps
+        else:
+            keep = last or time.monotonic() - self._saved_at > SECONDS_BETWEEN_SAVES
+        if keep:
+            with self.meter.pause("saving"), self.timings.part("saving"):
+                if self.process.is_main:
+                    weights = self.precision.weights(self.bare_model)
+                    best = self.outcome.best_record(self.options.task)
+                    checkpointer.save_model(self.loaded, weights, step=self.outcome.steps, best=best)
+            self._saved_at = time.monotonic()
+
+    def state_dict(self, seconds: float, loss_terms: Mapping[str, float | Tensor] | None = None) -> dict[str, Any]:
+        """Return everything that the next step depends on; every process calls this, the main one's is complete.
 
         Args:
-            epoch, number: the step's, as of `_steps`.
-            parts: this process's, of its loss.
+            seconds: of the meter, read before it was paused for this.
+            loss_terms: this process's, if the evaluation that is due after the step has not been done.
         """
-        last = self.outcome.steps == self.total_steps
-        looks = last or self.outcome.steps % self.schedule.eval_step == 0
-        tells = last or self.outcome.steps % self.schedule.output_txt_step == 0
-        if looks or tells or self.process.device.type == "cpu":
-            self._stop_if_not_finite()
-        if looks:
-            try:
-                self._look(self.meter, last)
-            except Interrupted:
-                self._keep(self.meter, rests=True, unjudged=parts)
-        if tells:
-            self._write_line(epoch, number, parts, self.meter.fps())
-        if not last:
-            self._keep(self.meter, rests=looks or number + 1 == self.plan.steps_per_epoch)
+        terms = None if loss_terms is None else {name: float(term) for name, term in loss_terms.items()}
+        state = {
+            "step": self.outcome.steps,
+            "best": self.outcome.best,
+            "best_step": self.outcome.best_step,
+            "metric": self.metric,
+            "unevaluated": None if terms is None else self.process.gather(terms),
+            "examples": self.meter.examples,
+            "seconds": seconds,
+            "paused": dict(self.meter.paused),
+            "precision": self.precision.export_state(),
+            "random": self.process.gather(get_random_state(self.process)),
+        }
+        if self.process.is_main:
+            state["weights"] = _on_cpu(self.precision.weights(self.bare_model))
+            state["optimizer"] = _on_cpu(self.optimizer.export_state())
+        return state
 
-    def _rehearse(self) -> None:
-        """Of a resumed run of several processes, a step that moves nothing.
-
-        After its first step the wrapper orders gradients anew in the buffers that are exchanged, and their place there
-        decides in which order more than two processes' are summed.
-        """
-        if not isinstance(self.model, DistributedDataParallel):
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Continue from what `state_dict` returned, in a Trainer with the same settings; None: from scratch."""
+        if state is None:
             return
-        step = next(self.plan.epoch(0))
-        batch = self.stage.fetch(self.plan.collator.collate(self.features, step.micro_batches[-1]))
-        with self.precision.autocast():
-            terms = self.stage.losses(self.model, batch.to(self.process.device), step.denominators)
-        torch.stack(list(terms.values())).sum().backward()
-        self.bare_model.zero_grad()
+        self._warm_up_ddp()
+        self.outcome.steps, self.outcome.best, self.outcome.best_step = state["step"], state["best"], state["best_step"]
+        self.metric = state["metric"]
+        self.meter.resume(state["examples"], state["seconds"], state["paused"])
+        self.precision.load_weights(self.bare_model, state["weights"])
+        self.precision.import_state(state["precision"])
+        self.optimizer.import_state(state["optimizer"])
+        set_random_state(self.process, state["random"][self.process.rank])
+        if state["unevaluated"] is not None:
+            self._unevaluated = state["unevaluated"][self.process.rank]
 
     def _steps(self) -> Iterator[tuple[int, int, list[Batch], LossDenominators]]:
-        """Every step of the run: its epoch, its number in the epoch, its batches, the totals of its losses."""
-
-        def collate(step: Step) -> tuple[list[Batch], LossDenominators]:
-            collated = (self.plan.collator.collate(self.features, part) for part in step.micro_batches)
-            batches = [self.stage.fetch(batch) for batch in collated]
-            return [batch.pinned() for batch in batches] if pins else batches, step.denominators
-
-        pins = self.process.device.type == "cuda"
-
-        left = self.total_steps - self.outcome.steps
+        """Yield every step that is left: its epoch, its number in the epoch, its batches, its denominators."""
         epoch, done = divmod(self.outcome.steps, self.plan.steps_per_epoch)
-        while left:
-            steps = islice(self.plan.epoch(epoch), done, None)
-            for number, (batches, denominators) in enumerate(
-                prefetch(collate, steps, self.schedule.workers), start=done
-            ):
-                yield epoch, number, batches, denominators
-                left -= 1
-                if not left:
-                    return
+        while self.outcome.steps < self.total_steps:
+            steps = islice(self.plan.epoch(epoch), done, done + self.total_steps - self.outcome.steps)
+            with contextlib.closing(prefetch(self._collate, steps, self.options.workers)) as prepared:
+                for number, step in enumerate(self.timings.iterate("data", prepared), start=done):
+                    yield epoch, number, *step
             epoch, done = epoch + 1, 0
 
-    def _distributed(self, model: nn.Module) -> nn.Module:
-        """The model in a wrapper that averages gradients over the processes, where there are several."""
+    def _collate(self, step: Step) -> tuple[list[Batch], LossDenominators]:
+        batches = [self.stage.prepare(self.plan.collator.collate(self.data.train, part)) for part in step.micro_batches]
+        pins = self.process.device.type == "cuda"
+        return [batch.pinned() for batch in batches] if pins else batches, step.denominators
+
+    def _finish_step(
+        self, epoch: int, number: int, loss_terms: Mapping[str, float | Tensor], checkpointer: Checkpointer
+    ) -> None:
+        """Do what is due after a step: evaluation, log line, checkpoint, or the end of the run by a signal."""
+        last = self.outcome.steps == self.total_steps
+        evaluates = last or self.outcome.steps % self.options.eval_step == 0
+        logs = last or self.outcome.steps % self.options.output_txt_step == 0
+        if evaluates or logs or self.process.device.type == "cpu":
+            self.finite_check.raise_if_noted()
+        if evaluates:
+            try:
+                self.evaluate_and_save(last, checkpointer)
+            except Interrupted:
+                self._save_if_due(checkpointer, pauses=True, loss_terms=loss_terms)
+        if logs:
+            self._write_line(epoch, number, loss_terms)
+        if not last:
+            self._save_if_due(checkpointer, pauses=evaluates or number + 1 == self.plan.steps_per_epoch)
+
+    def _evaluate(self, checkpointer: Checkpointer) -> float:
+        """Evaluate the model on every dev file; log the results and return the metric that chooses."""
+        task, step = self.options.task, self.outcome.steps
+        results = self.data.dev.evaluate(self.bare_model, self.predictor, checkpointer.was_signalled)
+        for name, result in results.items():
+            logger.info("step %d: %s", step, result.summary(name))
+            self.log.record("eval", file=name, step=step, **result.metrics)
+        if self.process.is_main:
+            checkpointer.check_is_own()
+            write_results(self.options.output_dir, task, results, global_step=step)
+        return results[task.dev_files[0]].metrics[task.metric.chosen_by]
+
+    def _save_if_due(
+        self, checkpointer: Checkpointer, pauses: bool, loss_terms: Mapping[str, float | Tensor] | None = None
+    ) -> None:
+        """Save a checkpoint if it is time, or if a signal ends the run.
+
+        Args:
+            pauses: whether an evaluation or an epoch ends here.
+            loss_terms: the step's, if a signal interrupted the evaluation after it: the resumed run then does it.
+        """
+        due, signal = checkpointer.is_due(self.outcome.steps, pauses)
+        if due or signal:
+            self.finite_check.raise_if_noted()
+            seconds = self.meter.seconds()
+            with self.meter.pause("saving"), self.timings.part("saving"):
+                checkpointer.save(self.state_dict(seconds, loss_terms))
+        if signal:
+            raise Stopped(
+                signal,
+                f"after step {self.outcome.steps} of {self.total_steps}; the same command with --resume continues it",
+            )
+
+    def _write_line(self, epoch: int, number: int, loss_terms: Mapping[str, float | Tensor]) -> None:
+        fps, terms = self.meter.fps(), sum_over_processes(self.process, loss_terms)
+        self.log.line(epoch, number, fps, self.metric)
+        rate = self.optimizer.rate(self.optimizer.param_groups[0], max(0, self.optimizer.steps_taken - 1))
+        values = {"loss": sum(terms.values()), **terms, "learning_rate": rate, "fps": fps}
+        self.log.record("train", epoch=epoch, step=self.outcome.steps, **values)
+
+    def _progress_values(self, loss_terms: dict[str, Tensor]) -> dict[str, str]:
+        # The other processes' shares are not known here; they are similar.
+        loss = self.process.world_size * sum(map(float, loss_terms.values()))
+        return {"loss": f"{loss:.4f}", "FPS": f"{self.meter.fps():.1f}"}
+
+    def _wrap_in_ddp(self, model: nn.Module) -> nn.Module:
         if self.process.world_size == 1:
             return model
         index = self.process.device.index
@@ -259,125 +340,49 @@ class Trainer:
             gradient_as_bucket_view=self.precision.bucket_views,
         )
 
-    def _learn(self, batches: list[Batch], denominators: LossDenominators) -> dict[str, Tensor]:
-        """One optimizer step over its micro-batches; returns this process's part of each term of its loss.
+    def _warm_up_ddp(self) -> None:
+        """Run one backward pass without an optimizer step, in a resumed run of several processes.
 
-        They stay on the device, which is not waited for: only who reads them waits.
+        After its first step DDP reorders the gradients in its buckets, and their place there decides in which order
+        the gradients of more than two processes are summed.
         """
-        self.optimizer.zero_grad()
-        parts: dict[str, Tensor] = {}
-        for number, batch in enumerate(batches, start=1):
-            last = number == len(batches)
-            with contextlib.nullcontext() if last else self._without_sync():
-                with self.precision.autocast():
-                    terms = self.stage.losses(self.model, batch.to(self.process.device), denominators)
-                    loss = torch.stack(list(terms.values())).sum()
-                # The wrapper divides the sum of the processes' gradients by their number.
-                self.precision.backward(loss * self.process.world_size, last)
-            for name, term in terms.items():
-                parts[name] = parts[name] + term.detach() if name in parts else term.detach()
-        if not self.precision.synchronizes:
-            self._note_first_bad(self.precision.step_async(self.optimizer), parts)
-        elif not self.precision.step(self.optimizer):
-            self._stop_unless_overflow(parts)
-        return parts
-
-    def _shown(self, parts: dict[str, Tensor], meter: FpsMeter) -> dict[str, str]:
-        # Of the other processes' parts no more is known here than that they are alike.
-        loss = self.process.world_size * sum(map(float, parts.values()))
-        return {"loss": f"{loss:.4f}", "FPS": f"{meter.fps():.1f}"}
-
-    def _note_first_bad(self, skipped: Tensor, parts: dict[str, Tensor]) -> None:
-        """Remembers, on the device, the first step that moved nothing and its loss; `_stop_if_not_finite` reads it."""
-        noted = torch.stack([skipped * (self.outcome.steps + 1), *parts.values()])
-        if self._first_bad is None:
-            self._first_bad = noted, tuple(parts)
-        else:
-            known, names = self._first_bad
-            self._first_bad = torch.where(known[0] > 0, known, noted), names
-
-    def _stop_if_not_finite(self) -> None:
-        """Ends the run, in every process, if since the last look a step was found to have no finite gradient."""
-        if self._first_bad is None:
+        if not isinstance(self.model, DistributedDataParallel):
             return
-        (step, *values), names = self._first_bad[0].cpu().tolist(), self._first_bad[1]
-        self._first_bad = None
-        if step > 0:
-            self._stop(int(step), self._over_all_processes(dict(zip(names, values, strict=True))))
+        self.model.train()
+        step = next(self.plan.epoch(0))
+        batch = self.stage.prepare(self.plan.collator.collate(self.data.train, step.micro_batches[-1]))
+        with self.precision.autocast():
+            terms = self.stage.losses(self.model, batch.to(self.process.device), step.denominators)
+        torch.stack(list(terms.values())).sum().backward()
+        self.bare_model.zero_grad()
 
     def _without_sync(self) -> AbstractContextManager[None]:
-        """A micro-batch that does not end a step keeps its gradients to this process."""
+        """Keep the gradients of a micro-batch that does not end a step to this process."""
         return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else contextlib.nullcontext()
 
-    def _over_all_processes(self, parts: Mapping[str, float | Tensor]) -> dict[str, float]:
-        gathered = self.process.gather({name: float(part) for name, part in parts.items()})
-        return {name: sum(part[name] for part in gathered) for name in parts}
 
-    def _stop_unless_overflow(self, own_parts: dict[str, Tensor]) -> None:
-        """After a step that was skipped, in every process: goes on only if the loss scale can be what was wrong."""
-        parts = self._over_all_processes(own_parts)
-        finite = math.isfinite(sum(parts.values()))
-        if self.precision.dynamic or (finite and self.precision.scale != 1.0):
-            logger.info(
-                "step %d: skipped, a gradient overflowed; %d skipped so far, the loss scale is %g",
-                self.outcome.steps + 1,
-                self.precision.skipped,
-                self.precision.scale,
-            )
-            return
-        self._stop(self.outcome.steps + 1, parts)
+def steps_of_stage(options: Options, steps_per_epoch: int) -> int:
+    """Return the optimizer steps of the whole stage, which the learning-rate schedule spans."""
+    return max(1, round(steps_per_epoch * options.num_train_epochs))
 
-    def _stop(self, step: int, parts: dict[str, float]) -> NoReturn:
-        finite = math.isfinite(sum(parts.values()))
-        terms = ", ".join(f"{name} {value:g}" for name, value in parts.items())
-        raise UserError(
-            f"step {step}: {'a gradient' if finite else 'the loss'} is not finite ({terms}); "
-            "what was saved before stays. A lower --learning_rate may help"
-        )
 
-    def _look(self, meter: FpsMeter, last: bool) -> None:
-        """Judges the model where the stage has a metric, and saves it where it is to stay."""
-        if self.stage.by_metric:
-            with meter.pause("evaluation"):
-                self.metric = self.judge(self.outcome.steps)
-            keep = self.metric > self.outcome.best
-            if keep:
-                self.outcome.best, self.outcome.best_step = self.metric, self.outcome.steps
-        else:
-            keep = last or time.monotonic() - self._saved_at > SECONDS_BETWEEN_SAVES
-        if keep:
-            with meter.pause("saving"):
-                self.save(self.outcome)
-            self._saved_at = time.monotonic()
+def steps_of_run(options: Options, steps_per_epoch: int) -> int:
+    """Return the optimizer steps that a run takes; a performance run ends early."""
+    steps = steps_of_stage(options, steps_per_epoch)
+    return min(steps, PERFORMANCE_STEPS) if options.performance else steps
 
-    def _keep(self, meter: FpsMeter, rests: bool, unjudged: Mapping[str, float | Tensor] | None = None) -> None:
-        """Saves the state where it is time to, or a signal ends the run.
 
-        Args:
-            unjudged: the parts of the step's loss, where a signal has broken off the evaluation after it: then it ends
-                the run, and the one that goes on from there makes that evaluation.
-        """
-        if self.keeper is None:
-            return
-        wanted, signal = self.keeper.wants(self.outcome.steps, rests)
-        if wanted or signal:
-            self._stop_if_not_finite()
-            seconds = meter.seconds()
-            with meter.pause("saving"):
-                self.keeper.save(training_state.gather(self, seconds, unjudged))
-        if signal:
-            raise Stopped(signal, f"after step {self.outcome.steps} of {self.total_steps}")
+def has_few_words_per_step(plan: TrainingPlan, words: int) -> bool:
+    """Return whether it pays that processes exchange only the embedding rows of the words in a step.
 
-    def _write_line(self, epoch: int, number: int, own_parts: Mapping[str, float | Tensor], fps: float) -> None:
-        parts = self._over_all_processes(own_parts)
-        self.log.line(epoch, number, fps, self.metric)
-        rate = self.optimizer.rate(self.optimizer.param_groups[0], max(0, self.optimizer.steps_taken - 1))
-        self.log.record(
-            "train",
-            epoch=epoch,
-            step=self.outcome.steps,
-            loss=sum(parts.values()),
-            **parts,
-            learning_rate=rate,
-            fps=fps,
-        )
+    Each process then receives the others' rows beside its own. The tokens of a step are an upper bound of its words.
+    """
+    return plan.world_size == 1 or plan.batch_size * float(plan.lengths.mean()) < words
+
+
+def _on_cpu(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().cpu().contiguous()
+    if isinstance(value, Mapping):
+        return {key: _on_cpu(part) for key, part in value.items()}
+    return [_on_cpu(part) for part in value] if isinstance(value, (list, tuple)) else value

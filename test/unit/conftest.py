@@ -67,3 +67,12 @@ def site() -> Iterator[Site]:
     site = Site()
     yield site
     site.close()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Compute in one thread, as the processes that a test compares with: the order of a sum depends on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

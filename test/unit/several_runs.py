@@ -18,10 +18,10 @@ from torch import distributed
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 import main
-from distillation.launch import leave
 from distillation.options import parse_options
-from distillation.runs import train
+from distillation.runs.train import train
 from distillation.runtime.device import Process
+from distillation.runtime.signals import leave
 
 
 def run_all(runs: list[dict[str, Any]], process: Process) -> None:
@@ -34,7 +34,7 @@ def run_all(runs: list[dict[str, Any]], process: Process) -> None:
                 first.extend(p.grad.clone() for group in optimizer.param_groups for p in group["params"])
 
         hook = register_optimizer_step_pre_hook(keep)
-        train.run(parse_options(run["flags"], main.ENTRY), process)
+        train(parse_options(run["flags"], main.ENTRY), process)
         hook.remove()
         if process.is_main:
             torch.save(first, run["gradients"])

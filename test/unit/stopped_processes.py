@@ -18,11 +18,10 @@ from stopped_runs import signal_in_evaluation, signal_in_step
 from torch import distributed
 
 import main
-from distillation.launch import leave
 from distillation.options import parse_options
-from distillation.runs import train
+from distillation.runs.train import train
 from distillation.runtime.device import Process
-from distillation.runtime.signals import Signals, Stopped
+from distillation.runtime.signals import Signals, Stopped, leave
 
 if __name__ == "__main__":
     file, store, rank, world_size = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
@@ -37,7 +36,7 @@ if __name__ == "__main__":
             hit = signal_in_step(run["step"]) if "step" in run else signal_in_evaluation(run["evaluation"])
         with signals.handled(), hit:
             try:
-                train.run(parse_options(run["flags"], main.ENTRY), process, signals)
+                train(parse_options(run["flags"], main.ENTRY), process, signals)
                 told.append("")
             except Stopped as stopped:
                 told.append(str(stopped))

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from transformer.heads import TinyBertForSequenceClassification
 
-_TIMES = ("time", "fps", "seconds", "seconds_aside", "fps_examples")
+_NOT_EQUAL = ("time", "id", "fps", "seconds", "seconds_aside", "fps_examples")
 
 
 def dropout_place(folder: Path, copies: int = 1) -> Workplace:
@@ -34,21 +34,26 @@ def dropout_place(folder: Path, copies: int = 1) -> Workplace:
 
 
 @contextlib.contextmanager
-def signal_in_step(step: int, number: int = signal.SIGTERM) -> Iterator[None]:
-    """Sends this process a signal in the so-many-th step from now on, before the weights move."""
+def in_step(step: int, action: Callable[[], object]) -> Iterator[None]:
+    """Call a function in the so-many-th step from now on, before the weights change."""
     taken = 0
 
     def count(*_: object) -> None:
         nonlocal taken
         taken += 1
         if taken == step:
-            os.kill(os.getpid(), number)
+            action()
 
     hook = register_optimizer_step_pre_hook(count)
     try:
         yield
     finally:
         hook.remove()
+
+
+def signal_in_step(step: int, number: int = signal.SIGTERM) -> contextlib.AbstractContextManager[None]:
+    """Send this process a signal in the so-many-th step from now on."""
+    return in_step(step, lambda: os.kill(os.getpid(), number))
 
 
 @contextlib.contextmanager
@@ -90,8 +95,15 @@ def attempt(place: Workplace, **changes: Any) -> Run:
     return call(place.entry.main, place.flags(**changes), place.entry.ENTRY.prog)
 
 
+def refused(place: Workplace, **changes: Any) -> str:
+    """Run the entry, which must find a user's mistake; return its line."""
+    done = attempt(place, **changes)
+    assert (done.status, done.err.count("\n")) == (2, 1), done.err
+    return done.err
+
+
 def outcome(model: Path, logs: Path) -> dict[str, Any]:
-    """All that must be equal of two runs, by what it is: their weights, files and logs, without times and speeds."""
+    """Return what must be equal of two runs: weights, files and logs, without times, speeds and ids."""
     run = json.loads((model / "run.json").read_text(encoding="utf-8"))
     lines = [json.loads(line) for line in (logs / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     (text,) = logs.glob("*.txt")
@@ -101,7 +113,7 @@ def outcome(model: Path, logs: Path) -> dict[str, Any]:
         "files": sorted(path.name for path in model.iterdir()),
         "best": run["best"],
         "metrics.jsonl": [
-            {key: value for key, value in line.items() if key not in _TIMES}
+            {key: value for key, value in line.items() if key not in _NOT_EQUAL}
             for line in lines
             if line["event"] != "resume"
         ],

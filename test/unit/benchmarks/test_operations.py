@@ -1,13 +1,13 @@
-"""The benchmarks' count of operations against torch's own, and the matrix rate."""
+"""The operations of a step, against torch's count of a real one, and the rate of matrix products."""
 
-from types import SimpleNamespace
-
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.operations import forward_operations, matrix_rate, step_operations
 from data_processing.batching import Batch, LossDenominators
+from distillation.teacher.teacher import Teacher
 from distillation.training.stages import IntermediateStage, PredictionStage, freeze_unused
 from transformer.configuration import BertConfig
 from transformer.heads import TinyBertForSequenceClassification
@@ -15,49 +15,36 @@ from transformer.heads import TinyBertForSequenceClassification
 SMALL = {"vocab_size": 50, "num_attention_heads": 2, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 TEACHER = BertConfig(**SMALL, num_hidden_layers=4, hidden_size=32, intermediate_size=128)
 STUDENT = BertConfig(**SMALL, num_hidden_layers=2, hidden_size=16, intermediate_size=48)
-LENGTHS = [7] * 5
-
-
-def batch() -> Batch:
-    ids = torch.randint(1, 50, (len(LENGTHS), LENGTHS[0]))
-    return Batch(ids, torch.zeros_like(ids), torch.ones_like(ids), torch.zeros(5, dtype=torch.long), torch.arange(5))
+LENGTHS = np.full(5, 7)
 
 
 @pytest.mark.parametrize("stage", ["intermediate", "prediction"])
 def test_the_operations_of_a_step_are_those_that_torch_counts(stage):
     teacher = TinyBertForSequenceClassification(TEACHER).eval().requires_grad_(False)
     student = TinyBertForSequenceClassification(STUDENT, fit_size=TEACHER.hidden_size, per_layer=True)
-    asked = batch()
-
-    def states(batch, hidden_layers, attention_layers):
-        return teacher(*batch.inputs, hidden_layers=hidden_layers, attention_layers=attention_layers, with_logits=False)
-
-    def logits(batch):
-        return teacher(*batch.inputs, hidden_layers=(), attention_layers=()).logits
-
-    said = SimpleNamespace(states=states, logits=logits)
-    kind = IntermediateStage(said, (2, 4), False) if stage == "intermediate" else PredictionStage(said, 1.0)
+    ids = torch.randint(1, 50, (len(LENGTHS), LENGTHS[0]))
+    batch = Batch(ids, torch.zeros_like(ids), torch.ones_like(ids), torch.zeros(5, dtype=torch.long), torch.arange(5))
+    kind = (
+        IntermediateStage(Teacher(teacher), (2, 4), False)
+        if stage == "intermediate"
+        else PredictionStage(Teacher(teacher), 1.0)
+    )
     freeze_unused(student, kind.unused)
     with FlopCounterMode(display=False) as counter:
-        terms = kind.losses(student, asked, LossDenominators(5, 35, 245))
+        terms = kind.losses(student, batch, LossDenominators(5, 35, 245))
         torch.stack(list(terms.values())).sum().backward()
-    counted = step_operations(stage, TEACHER, STUDENT, LENGTHS, asked=True)
-    # Torch's count has the heads too: a pooler and a classifier of each, the student's three times.
-    heads = sum(
-        times * 2 * 5 * (config.hidden_size**2 + 2 * config.hidden_size)
-        for config, times in ((TEACHER, 1), (STUDENT, 3))
-    )
-    assert counted + (heads if stage == "prediction" else 0) == counter.get_total_flops()
-    remembered = step_operations(stage, TEACHER, STUDENT, LENGTHS, asked=False)
-    assert counted - remembered == forward_operations(TEACHER, LENGTHS, stage == "prediction")
+    student.eval()
+    assert step_operations(stage, teacher, student, LENGTHS, cached=False) == pytest.approx(counter.get_total_flops())
+    student_alone = step_operations(stage, teacher, student, LENGTHS, cached=True)
+    assert 0 < student_alone < counter.get_total_flops()
 
 
-def test_the_operations_of_texts_add_up():
-    alone = [forward_operations(TEACHER, [length]) for length in (3, 9)]
-    assert forward_operations(TEACHER, [3, 9]) == sum(alone)
-    assert alone[1] > 3 * alone[0], "attention grows with the square"
+def test_the_operations_of_texts_add_up_and_grow_with_the_square_of_the_length():
+    model = TinyBertForSequenceClassification(TEACHER).eval()
+    short, long = (forward_operations(model, np.array([length])) for length in (3, 9))
+    assert forward_operations(model, np.array([3, 9])) == pytest.approx(short + long)
+    assert long > 3 * short
 
 
 def test_a_matrix_rate_is_a_rate():
-    rate = matrix_rate(torch.device("cpu"), torch.float32)
-    assert 1e8 < rate < 1e15
+    assert 1e8 < matrix_rate(torch.device("cpu"), torch.float32, 1) < 1e15

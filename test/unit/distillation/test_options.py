@@ -1,4 +1,4 @@
-"""Flags become options: names, defaults, and what follows from the task."""
+"""Flags become options: names, defaults of the original, and defaults that depend on the task."""
 
 import dataclasses
 from pathlib import Path
@@ -6,9 +6,15 @@ from pathlib import Path
 import pytest
 
 import main
+import task_distill
 from data_processing.cache import Cache, default_folder
 from distillation.flags import build_parser
 from distillation.options import Options, Stage, parse_options
+
+
+def options_of(*flags: str, task: str = "MNLI") -> Options:
+    folders = ["--data_dir", "d", "--teacher_model", "t", "--student_model", "s", "--output_dir", "o"]
+    return parse_options([*folders, "--fps_acc_dir", "f", "--task_name", task, *flags], main.ENTRY)
 
 
 @pytest.mark.parametrize(
@@ -17,23 +23,17 @@ from distillation.options import Options, Stage, parse_options
         ("SST-2", [], 10, 64),
         ("sst-2", ["--pred_distill"], 3, 64),
         ("SST-2", ["--num_train_epochs", "2", "--max_seq_length", "32"], 2, 32),
-        ("MNLI", [], 3, 64),
-        ("mnli", ["--pred_distill"], 3, 64),
+        ("mnli", [], 3, 64),
     ],
 )
-def test_task_defaults_act_where_no_flag_is_given(task, flags, epochs, length):
-    """Trap 12. main.py has only SST-2's."""
-    options = options_of("--task_name", task, *flags)
+def test_epochs_and_length_default_to_the_tasks(task, flags, epochs, length):
+    """Trap 12. main.py has only those of SST-2."""
+    options = options_of(*flags, task=task)
     assert (options.num_train_epochs, options.max_seq_length) == (epochs, length)
 
 
-def options_of(*flags: str) -> Options:
-    folders = ["--data_dir", "d", "--teacher_model", "t", "--student_model", "s", "--output_dir", "o"]
-    return parse_options([*folders, "--fps_acc_dir", "f", *flags], main.ENTRY)
-
-
 def test_flags_have_the_originals_names_and_defaults():
-    options = options_of("--task_name", "MNLI")
+    options = options_of()
     expected = {
         "data_url": "",
         "max_seq_length": 64,
@@ -66,33 +66,34 @@ def test_flags_have_the_originals_names_and_defaults():
     assert expected.items() <= dataclasses.asdict(options).items()
     assert options.stage is Stage.INTERMEDIATE
     assert options.cache == Cache(default_folder(), 20_000_000_000)
-    assert options_of("--task_name", "MNLI", "--cache_dir", "c").cache.folder == Path("c")
-    assert options_of("--task_name", "MNLI", "--cache_dir", "c", "--cache_limit", "0").cache.folder is None
-    assert options_of("--task_name", "MNLI", "--wd", "0.3", "-j", "2").weight_decay == 0.3
-    assert options_of("--task_name", "MNLI", "-j", "2").workers == 2
-    for dynamic in ("dynamic", "-1", "-1.0"):
-        assert options_of("--task_name", "MNLI", "--loss_scale", dynamic).loss_scale is None
-
-
-def test_every_flag_is_explained():
-    unexplained = [action.dest for action in build_parser(main.ENTRY)._actions if not action.help]
-    assert unexplained == []
-
-
-def test_help_promises_no_default_that_is_none():
-    words = build_parser(main.ENTRY).format_help()
-    assert "default: None" not in words
-    assert "(default: 5e-05)" in words
 
 
 @pytest.mark.parametrize(
-    ("flags", "grouped"),
+    ("flags", "name", "value"),
     [
-        ([], True),
-        (["--padding", "max_length"], False),
-        (["--no-group_by_length"], False),
-        (["--padding", "max_length", "--group_by_length"], True),
+        (["--wd", "0.3"], "weight_decay", 0.3),
+        (["-j", "2"], "workers", 2),
+        (["--loss_scale", "dynamic"], "loss_scale", None),
+        (["--loss_scale", "-1"], "loss_scale", None),
+        (["--loss_scale", "-1.0"], "loss_scale", None),
+        (["--cache_dir", "c"], "cache", Cache(Path("c"), 20_000_000_000)),
+        (["--cache_dir", "c", "--cache_limit", "0"], "cache", Cache(None, 0)),
+        ([], "group_by_length", True),
+        (["--padding", "max_length"], "group_by_length", False),
+        (["--no-group_by_length"], "group_by_length", False),
+        (["--padding", "max_length", "--group_by_length"], "group_by_length", True),
     ],
+    ids=str,
 )
-def test_texts_of_like_length_go_together_unless_the_originals_arithmetic_is_asked_for(flags, grouped):
-    assert options_of("--task_name", "SST-2", *flags).group_by_length is grouped
+def test_a_flag_sets_its_option(flags, name, value):
+    assert getattr(options_of(*flags), name) == value
+
+
+@pytest.mark.parametrize("entry", [main.ENTRY, task_distill.ENTRY], ids=["main", "task_distill"])
+def test_help_explains_every_flag_and_shows_real_defaults(entry):
+    parser = build_parser(entry)
+    assert not [action.dest for action in parser._actions if not action.help]
+    words = parser.format_help()
+    assert "default: None" not in words
+    assert "default: False" not in words
+    assert "(default: 5e-05)" in words

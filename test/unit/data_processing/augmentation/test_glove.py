@@ -60,7 +60,7 @@ def test_lines_that_are_none_are_counted_and_named(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         read = read_vectors(write(tmp_path / "v.txt", *lines))
     assert len(read.words) == 96
-    assert "4 of 100 lines are no word and 3 numbers, and were left out (line 5, 18, 51, 81)" in caplog.text
+    assert "4 of 100 lines are not a word and 3 numbers, and were left out (line 5, 18, 51, 81)" in caplog.text
     np.testing.assert_allclose(read.vectors[95] * np.linalg.norm([99, 1, 2]), [99, 1, 2], rtol=1e-5)
 
 
@@ -75,7 +75,7 @@ def test_a_first_line_with_the_counts_is_no_word(tmp_path):
         ([], "is empty"),
         (["", ""], "is empty|no file of word vectors|holds no word vectors"),
         (["the quick brown fox"] * 5, "holds no word vectors"),
-        (["the", "of"], "is no file of word vectors"),
+        (["the", "of"], "is not a file of word vectors"),
         (["a 1 2 3"] * 50 + ["b 1 2 3 4 5"] * 40, "different dimensions, 3 and, as in line 60, 5"),
     ],
 )
@@ -98,7 +98,7 @@ def test_binary_files_are_refused(tmp_path):
 def test_a_file_that_unpacks_to_more_than_word_vectors_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "vectors.gz"
     path.write_bytes(gzip.compress(b"film 0.1 0.2 0.3\nmovie " + b"0" * 3_000_000))
-    with pytest.raises(UserError, match=r"line 2 is longer than 1048576 bytes: no file of word vectors"):
+    with pytest.raises(UserError, match=r"line 2 is longer than 1048576 bytes: not a file of word vectors"):
         read_vectors(path)
     monkeypatch.setattr(glove, "_MOST_BYTES", 40)
     path.write_bytes(b"film 0.1 0.2 0.3\n" * 3)

@@ -15,11 +15,11 @@ import torch
 from augmentation_cases import SENTENCES, Place, many_rows, masked_lm
 from cases import ROOT, command, edit_config, edit_weights, write_rows
 
-from data_processing.data_augmentation import build_parser
 from data_processing.examples import TextRows, read_examples
 from data_processing.tables import ENCODING
 from data_processing.task_files import read_task_file
 from data_processing.tasks import TASKS, augmentation_command, find_task
+from distillation.runs.augment_options import build_augment_parser
 from transformer.heads import TinyBertForSequenceClassification
 from transformer.tokenization import BertTokenizer
 
@@ -32,7 +32,7 @@ def place(tmp_path) -> Place:
 
 
 def test_flags_have_the_originals_defaults():
-    flags = build_parser().parse_args(["--pretrained_bert_model", "bert"])
+    flags = build_augment_parser().parse_args(["--pretrained_bert_model", "bert"])
     assert (flags.N, flags.M, flags.p, flags.seed, flags.mlm_context) == (None, 15, 0.4, 42, "original")
     assert {task.name: task.augmentation_n for task in TASKS} == N | {"MNLI-mm": 10, "WNLI": None}
 
@@ -204,7 +204,7 @@ def test_it_runs_as_a_script_and_as_a_module(place):
         ({"p": 1.5}, "--p 1.5"),
         ({"p": "nan"}, "--p nan"),
         ({"seed": -1}, "--seed -1"),
-        ({"task_name": "WNLI"}, "--N: WNLI has no number of its own"),
+        ({"task_name": "WNLI"}, "--N: WNLI has no default"),
         ({"task_name": "STT-2"}, "no such task"),
         ({"task_name": None}, "give one of --task_name and --task_file"),
         ({"glue_dir": None}, "--glue_dir"),
@@ -213,7 +213,7 @@ def test_it_runs_as_a_script_and_as_a_module(place):
         ({"glove_embs": None}, "--no_glove"),
         ({"glove_embs": "/none.txt"}, "/none.txt: not found"),
         ({"pretrained_bert_model": "/none"}, "/none: no such folder"),
-        ({"relabel": "teacher"}, "belong together"),
+        ({"relabel": "teacher"}, "--teacher_model"),
         ({"train_mlm_head": 0}, "--train_mlm_head 0"),
         ({"device_list": "0,0"}, "--device_list 0,0"),
         ({"device_list": "a"}, "--device_list a"),
@@ -304,7 +304,7 @@ def test_where_the_augmented_file_is_missing_the_command_is_named(place, sst2):
     """The message of --aug_train is a command that this parser takes, for tasks of one's own too."""
     told = sst2.fails(aug_train=True)
     command = told.partition("or make it: python data_processing/data_augmentation.py ")[2].split()
-    flags = build_parser().parse_args(command)
+    flags = build_augment_parser().parse_args(command)
     assert (flags.task_name, flags.data_dir) == ("SST-2", sst2.data)
     own = augmentation_command(replace(find_task("SST-2"), name="own", augmentation_n=None), Path("d"))
     assert "--task_file FILE --data_dir d" in own
@@ -323,7 +323,7 @@ def test_the_script_has_the_commands_settings(tmp_path):
         subprocess.run(["bash", str(ROOT / "test" / "augment_1p.sh")], env=environment, check=True, timeout=60)
         first, *flags = record.read_text().splitlines()
         assert first == "data_processing/data_augmentation.py"
-        return build_parser().parse_args(flags)
+        return build_augment_parser().parse_args(flags)
 
     plain = asked()
     assert (plain.task_name, plain.data_dir, plain.do_lower_case) == ("SST-2", Path("glue_dir/SST-2"), True)

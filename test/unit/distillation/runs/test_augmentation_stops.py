@@ -14,7 +14,7 @@ import pytest
 from augmentation_cases import SENTENCES, Place, many_rows
 from cases import write_rows
 
-from data_processing.augmentation.resumable_file import UnfinishedFile
+from data_processing.augmentation.resumable_file import ResumableFile
 from transformer.errors import UserError
 
 
@@ -72,9 +72,9 @@ def unfinished(place: Place) -> Path:
 @pytest.mark.slow
 def test_an_unfinished_run_is_kept_until_the_flags_say_what_to_do(place):
     folder = unfinished(place)
-    assert "holds an unfinished run" in (told := place.fails(N=3))
-    assert "--resume goes on with it, --overwrite_output_file begins anew" in told
-    assert "was begun with --N 3, now it is 4" in place.fails(N=4, resume=True)
+    line = place.fails(N=3)
+    assert all(fact in line for fact in ("unfinished run", "--resume", "--overwrite_output_file"))
+    assert "--N 3, now it is 4" in place.fails(N=4, resume=True)
     assert "either --resume or" in place.fails(N=3, resume=True, overwrite_output_file=True)
     rows = (folder / "rows").read_bytes()
     (folder / "rows").write_bytes(rows + b"half a li")
@@ -86,7 +86,7 @@ def test_an_unfinished_run_is_kept_until_the_flags_say_what_to_do(place):
 
 
 @pytest.mark.slow
-def test_changed_inputs_are_told(place):
+def test_changed_inputs_are_refused_by_name(place):
     unfinished(place)
     with (place.data / "train.tsv").open("a") as file:
         file.write("a new row\t1\n")
@@ -96,50 +96,43 @@ def test_changed_inputs_are_told(place):
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("devices", ["0", "0,1"])
-def test_a_signal_ends_it_with_a_line_that_says_how_to_go_on(place, how, devices):
+def test_a_signal_ends_it_with_one_line(place, how, devices):
     write_rows(place.data / "train.tsv", many_rows(2100))
     status, err = run_and_stop(place, 0.1, how, N=3, device_list=devices)
     assert status == 128 + how, err
     assert err.count("\n") == 1
-    assert "stopped; " in err
+    assert f"stopped by {how.name}" in err
 
 
 def test_an_existing_file_is_not_lost(place):
     place.made.write_text("mine\n")
-    assert "is there already; --overwrite_output_file" in place.fails()
-    assert "is there already" in place.fails(resume=True)
+    assert "--overwrite_output_file" in place.fails()
+    assert "--overwrite_output_file" in place.fails(resume=True)
     assert place.made.read_text() == "mine\n"
     place.run(overwrite_output_file=True)
     assert len(place.lines()) > len(SENTENCES)
 
 
-def test_two_runs_at_once_are_refused(place):
-    first = UnfinishedFile(place.made)
-    first.open(False, False)
-    assert "another run is making it" in place.fails()
-    first.close()
+def test_two_runs_of_one_file_are_refused(place):
+    with ResumableFile(place.made):
+        assert "another run is writing it" in place.fails()
     place.run()
 
 
-def test_a_full_disk_is_one_line_and_what_is_done_stays(tmp_path):
-    run = UnfinishedFile(tmp_path / "made.tsv")
-    run.open(False, False)
-    run.begin({}, False, False)
-    run.add(b"a row\n")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (16384, before[1]))
+def test_a_full_disk_is_one_line_and_finished_blocks_stay(tmp_path):
+    path, before = tmp_path / "made.tsv", resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        with pytest.raises(UserError, match=r"made\.tsv: cannot be written \(File too large\)"):
-            run.add(b"x" * 20_000)  # of which the last part is still in memory
-        run.close()
+        with pytest.raises(UserError, match=r"made\.tsv: .*File too large"), ResumableFile(path) as file:  # noqa: PT012
+            file.start({})
+            file.add(b"a row\n")
+            resource.setrlimit(resource.RLIMIT_FSIZE, (16384, before[1]))
+            file.add(b"x" * 20_000)  # the last part of it is still in memory
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    run = UnfinishedFile(tmp_path / "made.tsv")
-    run.open(True, False)
-    run.begin({}, True, False)
-    run.finish()
-    run.close()
-    assert run.path.read_bytes() == b"a row\n"
+    with ResumableFile(path, resume=True) as file:
+        file.start({})
+        file.finish()
+    assert path.read_bytes() == b"a row\n"
 
 
 class Killed(BaseException):
@@ -148,7 +141,7 @@ class Killed(BaseException):
 
 @pytest.fixture
 def killed(tmp_path, monkeypatch):
-    """A file of one block whose run was killed as it was put in its place: before the rename, or right after it."""
+    """Make a file of one block in a run that is killed just before the final rename, or just after it."""
     path, replace = tmp_path / "made.tsv", os.replace
 
     def killed(renamed: bool) -> Path:
@@ -157,55 +150,44 @@ def killed(tmp_path, monkeypatch):
                 raise Killed
             replace(first, second)
 
-        run = UnfinishedFile(path)
-        run.open(False, False)
-        assert run.begin({"--N": 20}, False, False)
-        run.add(b"a row\n")
-        with monkeypatch.context() as patch:
+        with monkeypatch.context() as patch, pytest.raises(Killed), ResumableFile(path) as file:  # noqa: PT012
+            assert file.start({"--N": 20})
+            file.add(b"a row\n")
             patch.setattr(*((shutil, "rmtree") if renamed else (os, "replace")), kill)
-            with pytest.raises(Killed):
-                run.finish()
-        os.close(run._lock)
-        assert (run.folder.is_dir(), path.exists()) == (True, renamed)
+            file.finish()
+        assert (file.folder.is_dir(), path.exists()) == (True, renamed)
         return path
 
     return killed
 
 
 @pytest.mark.parametrize("renamed", [False, True])
-def test_what_was_killed_around_the_rename_is_gone_on_with(killed, renamed):
-    run = UnfinishedFile(killed(renamed))
-    run.open(True, False)
-    assert run.begin({"--N": 20}, True, False) is not renamed
-    if not renamed:
-        assert run.blocks == 1
-        run.finish()
-    run.close()
-    assert run.path.read_bytes() == b"a row\n"
-    assert not run.folder.exists()
+def test_a_run_killed_around_the_rename_is_resumed(killed, renamed):
+    with ResumableFile(killed(renamed), resume=True) as file:
+        assert file.start({"--N": 20}) is not renamed
+        if not renamed:
+            assert file.blocks == 1
+            file.finish()
+    assert file.path.read_bytes() == b"a row\n"
+    assert not file.folder.exists()
 
 
 @pytest.mark.parametrize("renamed", [False, True])
-def test_what_was_killed_around_the_rename_is_neither_written_over_nor_taken_for_another(killed, renamed):
-    run = UnfinishedFile(killed(renamed))
-    run.open(True, False)
-    with pytest.raises(UserError, match="was begun with --N 20, now it is 3"):
-        run.begin({"--N": 3}, True, False)
-    run.close()
-    with pytest.raises(UserError, match="is there already; --overwrite" if renamed else "holds an unfinished run"):
-        run.open(False, False)
-    run.close()
-    assert run.folder.exists() is not renamed
-    assert run.path.exists() is renamed
+def test_a_run_killed_around_the_rename_is_not_resumed_with_other_flags_nor_overwritten(killed, renamed):
+    path = killed(renamed)
+    with pytest.raises(UserError, match="--N 20"), ResumableFile(path, resume=True) as file:
+        file.start({"--N": 3})
+    with pytest.raises(UserError, match="--overwrite" if renamed else "unfinished run"), ResumableFile(path):
+        pass
+    assert file.folder.exists() is not renamed
+    assert path.exists() is renamed
 
 
-def test_after_a_kill_another_file_in_its_place_is_the_users(killed):
-    run = UnfinishedFile(killed(renamed=True))
-    run.path.write_text("mine, and longer\n")
-    with pytest.raises(UserError, match="is there already"):
-        run.open(True, False)
-    run.close()
-    run.path.unlink()
-    run.open(False, False)
-    assert run.begin({"--N": 3}, False, False)
-    run.close()
+def test_a_users_file_in_place_of_a_finished_one_is_kept(killed):
+    path = killed(renamed=True)
+    path.write_text("mine, and longer\n")
+    with pytest.raises(UserError, match="--overwrite"), ResumableFile(path, resume=True):
+        pass
+    path.unlink()
+    with ResumableFile(path) as file:
+        assert file.start({"--N": 3})

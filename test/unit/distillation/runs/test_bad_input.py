@@ -125,8 +125,8 @@ FOLDERS = {
     "no teacher": (remove("teacher"), {}, "teacher: no such folder; expected a model's folder with config.json"),
     "no student": (remove("student"), {}, "student: no such folder; expected a model's folder with config.json"),
     "no student, evaluating": (remove("student"), EVAL, "student: no such folder"),
-    "empty teacher": (empty("teacher"), {}, "teacher/config.json: not found; a model's folder holds"),
-    "empty student": (empty("student"), PREDICTION, "student/config.json: not found; a model's folder holds"),
+    "empty teacher": (empty("teacher"), {}, "teacher/config.json: not found"),
+    "empty student": (empty("student"), PREDICTION, "student/config.json: not found"),
     "teacher without config.json": (remove("teacher/config.json"), {}, "teacher/config.json: not found"),
     "student without vocabulary": (remove("student/vocab.txt"), {}, "student/vocab.txt"),
     "teacher without weights": (remove("teacher/pytorch_model.bin"), {}, "teacher: has no weights; expected"),
@@ -137,7 +137,7 @@ FOLDERS = {
         {},
         "cannot be read as a dictionary of tensors",
     ),
-    "config of text": (write("teacher/config.json", b"{not json"), FINETUNE, "teacher/config.json: is no valid JSON"),
+    "config of text": (write("teacher/config.json", b"{not json"), FINETUNE, "teacher/config.json: is not valid JSON"),
 }
 
 MODELS = {
@@ -149,7 +149,7 @@ MODELS = {
     "teacher's weights of another shape": (
         config("teacher", intermediate_size=95),
         PREDICTION,
-        "has the shape [96, 48], expected [95, 48]; the weights are of another model than config.json says",
+        "has the shape [96, 48], expected [95, 48]",
     ),
     "an encoder with a layer too few": (
         config("student", num_hidden_layers=6),
@@ -205,12 +205,12 @@ MODELS = {
     "a teacher of another number of labels": (
         weights("teacher", lambda w: w.update(weights_of(linear("classifier", 48, 3)))),
         {"transfer_learning": True},
-        "teacher: the classifier of the teacher tells 3 labels apart, SST-2 has 2",
+        "teacher: the classifier of the teacher has 3 outputs, SST-2 has 2 labels",
     ),
     "a student of another number of labels": (
         weights("student", lambda w: w.update(weights_of(linear("classifier", 32, 3)))),
         {},
-        "student: the classifier tells 3 labels apart, SST-2 has 2; --transfer_learning begins it anew",
+        "student: the classifier has 3 outputs, SST-2 has 2 labels; --transfer_learning",
     ),
     "more tokens than positions": (nothing, {"max_seq_length": 65}, "has only 64 positions"),
 }

@@ -1,4 +1,4 @@
-"""main.py from end to end on tiny cases: every kind of run, what it writes, and what it must leave alone."""
+"""main.py from end to end on tiny cases: every kind of run, the files that it writes and those that it leaves."""
 
 import threading
 from pathlib import Path
@@ -35,21 +35,20 @@ def under(keys, prefixes: tuple[str, ...]) -> set[str]:
 
 
 def drop(folder: Path, *prefixes: str) -> None:
-    """Takes tensors out of a checkpoint."""
+    """Remove tensors from a checkpoint."""
     edit_weights(folder, lambda weights: [weights.pop(key) for key in under(weights, prefixes)])
 
 
-def test_from_an_encoder_to_a_student(sst2):
-    """Trap 34: a teacher is fine-tuned, both stages accept it, and the student learns what it knows."""
+def test_a_fine_tuned_teacher_trains_a_student_in_both_stages(sst2):
+    """Trap 34: the student reaches the accuracy of its teacher."""
     drop(sst2.teacher, "classifier.", "fit_dense.")
-    words = sst2.run(do_finetune=True, student_model=None, num_train_epochs=30, learning_rate=2e-3, eval_step=5).out
-    assert "not in the checkpoint, begun anew: classifier" in words
-    taught = sst2.events("end")[0]["best"]
-    assert taught >= 7 / 8
+    log = sst2.run(do_finetune=True, student_model=None, num_train_epochs=30, learning_rate=2e-3, eval_step=5).out
+    assert "not in the checkpoint, newly initialized: classifier" in log
+    teacher_accuracy = sst2.events("end")[0]["best"]
+    assert teacher_accuracy >= 7 / 8
     assert sorted(path.name for path in sst2.model.iterdir()) == [
         "config.json",
         "eval_results.txt",
-        "model_manifest.json",
         "pytorch_model.bin",
         "run.json",
         "tokenizer_config.json",
@@ -60,7 +59,7 @@ def test_from_an_encoder_to_a_student(sst2):
     first.run(num_train_epochs=20, learning_rate=5e-3)
     losses = np.add(first.series("att_loss"), first.series("rep_loss"))
     assert losses[-1] < losses[0] / 4
-    assert first.events("teacher")[0]["acc"] == taught
+    assert first.events("teacher")[0]["acc"] == teacher_accuracy
 
     second = next_run(sst2, "second", teacher=sst2.model, student=first.model)
     second.run(pred_distill=True, num_train_epochs=30, learning_rate=2e-3, eval_step=5)
@@ -73,7 +72,7 @@ def test_from_an_encoder_to_a_student(sst2):
 
 @pytest.mark.parametrize("stage", [{}, {"pred_distill": True}, {"do_finetune": True, "student_model": None}], ids=str)
 def test_two_runs_with_one_seed_give_the_same_weights(sst2, stage):
-    """Trap 4, with live dropout and threads; another seed gives others."""
+    """Trap 4, with dropout and threads; another seed gives other weights."""
     for folder in (sst2.teacher, sst2.student):
         edit_config(folder, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2)
     drop(sst2.student, "classifier.", "fit_dense.")  # so that new weights are drawn too
@@ -88,7 +87,7 @@ def test_two_runs_with_one_seed_give_the_same_weights(sst2, stage):
     assert any(not torch.equal(saved[0][key], saved[2][key]) for key in saved[0])
 
 
-def test_the_schedule_spans_the_optimizer_steps_that_are_taken(sst2):
+def test_the_schedule_spans_the_optimizer_steps(sst2):
     """Trap 5: not micro-batches, and the short last batch counts. 8 examples by 3 are 3 steps an epoch."""
     sst2.run(
         pred_distill=True,
@@ -114,18 +113,18 @@ def test_the_intermediate_stages_rate_is_constant(sst2):
     [(False, ("classifier.", "bert.pooler.")), (True, ("fit_dense.",))],
     ids=["intermediate", "prediction"],
 )
-def test_what_a_stage_does_not_train_stays_as_it_was(sst2, pred_distill, frozen):
-    """Trap 8: not even weight decay touches it; all the rest moves."""
+def test_a_stage_leaves_the_parameters_that_it_does_not_train(sst2, pred_distill, frozen):
+    """Trap 8: not even weight decay changes them; all others change."""
     sst2.run(pred_distill=pred_distill, num_train_epochs=3, learning_rate=1e-3, weight_decay=0.5, warmup_proportion=0)
     before, after = read_bin(sst2.student), read_bin(sst2.model)
     unmoved = {key for key in before if torch.equal(before[key], after[key])}
-    # The softmax over keys does not see a key's bias: no prediction loss moves it, and biases do not decay.
+    # The softmax over keys does not depend on a key's bias, so its gradient is 0, and biases do not decay.
     may_stay = {key for key in before if pred_distill and key.endswith("self.key.bias")}
     assert unmoved - may_stay == under(before, frozen)
 
 
 def test_weight_decay_acts_on_all_but_biases_and_layer_norms(sst2):
-    """Trap 12: in the original the flag is read and 0.01 applied. One step, so that gradients are the same."""
+    """Trap 12: the original reads the flag and applies 0.01. After one step the gradients are still the same."""
     saved = {}
     for decay in ("0", "0.5"):
         run = next_run(sst2, decay)
@@ -139,7 +138,7 @@ def test_weight_decay_acts_on_all_but_biases_and_layer_norms(sst2):
 
 
 @pytest.mark.parametrize("workers", [0, 3])
-def test_workers_prepare_batches(sst2, monkeypatch, workers):
+def test_workers_collate_batches_in_threads(sst2, monkeypatch, workers):
     """Trap 12."""
     threads = set()
     collate = Collator.collate
@@ -153,8 +152,8 @@ def test_workers_prepare_batches(sst2, monkeypatch, workers):
     assert ("batches" in threads) == (workers > 0)
 
 
-def test_padding_counts_only_where_it_is_asked_for(sst2):
-    """Trap 13: with the same sentences, the room beside them changes no loss of the default padding."""
+def test_only_padding_max_length_counts_padding_in_the_losses(sst2):
+    """Trap 13: with the same sentences, more padding changes no loss of the default."""
     write_rows(sst2.data / "train.tsv", [HEADER, ["a warm film .", "1"], ["a dull film with awful acting", "0"]])
     losses = {}
     for padding in ("longest", "max_length"):
@@ -195,7 +194,7 @@ def test_the_last_step_is_evaluated_once_where_it_is_an_eval_step(sst2):
 
 @pytest.mark.parametrize("head", [None, "relu", "linear"])
 @pytest.mark.parametrize("architecture", ["BertForSequenceClassification", "Other"])
-def test_the_teachers_head_is_what_its_config_or_the_flag_says(sst2, head, architecture):
+def test_the_flag_or_else_the_config_sets_the_teachers_head(sst2, head, architecture):
     """Trap 31."""
     edit_config(sst2.teacher, architectures=[architecture])
     edit_config(sst2.student, architectures=["BertForSequenceClassification"])
@@ -208,11 +207,11 @@ def test_the_teachers_head_is_what_its_config_or_the_flag_says(sst2, head, archi
     with torch.no_grad():
         loss = torch.nn.functional.cross_entropy(model(*golden.inputs()).logits, golden.tensor("feat_label_ids"))
     assert sst2.events("teacher")[0]["eval_loss"] == pytest.approx(loss.item(), rel=1e-5)
-    # The student's own head is another matter, and is recorded.
+    # The student keeps its own head.
     assert BertConfig.from_pretrained(sst2.model).architectures == ["BertForSequenceClassification"]
 
 
-def test_projections_of_each_layer_are_trained_and_kept(sst2):
+def test_projections_of_each_layer_are_trained_and_saved(sst2):
     """Trap 32."""
     shapes = {key: shape for n in range(4) for key, shape in linear(f"fit_denses.{n}", 32, 48).items()}
     drop(sst2.student, "fit_dense.")
@@ -224,32 +223,32 @@ def test_projections_of_each_layer_are_trained_and_kept(sst2):
     assert moved == under(before, ("fit_denses.",))
 
 
-def test_a_projection_to_another_teachers_size_begins_anew(sst2):
+def test_a_projection_to_another_hidden_size_is_initialized(sst2):
     edit_weights(sst2.student, lambda w: w.update(weights_of(linear("fit_dense", 32, 768))))
-    words = sst2.run().out
-    assert "student: not in the checkpoint, begun anew: fit_dense" in words
+    log = sst2.run().out
+    assert "student: not in the checkpoint, newly initialized: fit_dense" in log
     assert read_bin(sst2.model)["fit_dense.weight"].shape == (48, 32)
 
 
-def test_what_is_missing_or_unused_is_told(sst2):
+def test_missing_and_unused_weights_are_logged(sst2):
     """Trap 23."""
     drop(sst2.student, "fit_dense.")
     edit_weights(sst2.student, lambda w: w.update({"cls.predictions.bias": torch.zeros(100)}))
-    words = sst2.run().out.splitlines()
-    assert f"{sst2.student}: not in the checkpoint, begun anew: fit_dense" in words
-    assert f"{sst2.student}: in the checkpoint, not used: cls.predictions.bias" in words
+    log = sst2.run().out.splitlines()
+    assert f"{sst2.student}: not in the checkpoint, newly initialized: fit_dense" in log
+    assert f"{sst2.student}: in the checkpoint, not used: cls.predictions.bias" in log
 
 
 @pytest.mark.parametrize("checkpoint", ["two labels", "none"])
 @pytest.mark.parametrize("pred_distill", [False, True])
-def test_transfer_learning_begins_only_the_students_classifier_anew(mnli, checkpoint, pred_distill):
+def test_transfer_learning_initializes_only_the_students_classifier(mnli, checkpoint, pred_distill):
     """Trap 28: the original threw away the teacher's, and failed on a checkpoint without a classifier."""
 
     drop(mnli.student, "classifier.")
     if checkpoint == "two labels":
         edit_weights(mnli.student, lambda weights: weights.update(weights_of(linear("classifier", 36, 2))))
-    words = mnli.run(transfer_learning=True, pred_distill=pred_distill, num_train_epochs=2, learning_rate=1e-3).out
-    assert "student: not in the checkpoint, begun anew: classifier" in words
+    log = mnli.run(transfer_learning=True, pred_distill=pred_distill, num_train_epochs=2, learning_rate=1e-3).out
+    assert "student: not in the checkpoint, newly initialized: classifier" in log
     golden = Golden("mnli_small")
     logits, labels = golden.tensor("teacher_logits"), golden.tensor("feat_label_ids")
     expected = torch.nn.functional.cross_entropy(logits, labels).item()
@@ -262,7 +261,7 @@ def test_transfer_learning_keeps_a_classifier_of_as_many_labels(mnli):
     assert torch.equal(read_bin(mnli.model)["classifier.weight"], read_bin(mnli.student)["classifier.weight"])
 
 
-def test_evaluating_writes_into_a_folder_that_is_not_empty(sst2):
+def test_an_evaluation_appends_to_a_folder_that_is_not_empty(sst2):
     sst2.model.mkdir()
     (sst2.model / "mine.txt").write_text("mine", encoding="utf-8")
     for _ in range(2):
@@ -284,7 +283,7 @@ def test_evaluating_writes_into_a_folder_that_is_not_empty(sst2):
         ("mnli", "result/"),
     ],
 )
-def test_evaluating_takes_relative_folders(task, output_dir, request, monkeypatch):
+def test_an_evaluation_takes_relative_folders(task, output_dir, request, monkeypatch):
     place = request.getfixturevalue(task)
     (place.folder / "a" / "b").mkdir(parents=True)
     monkeypatch.chdir(place.folder / "a" / "b")
@@ -294,7 +293,7 @@ def test_evaluating_takes_relative_folders(task, output_dir, request, monkeypatc
     assert (place.folder / f"{folder}-MM" / "eval_results.txt").is_file() == (task == "mnli")
 
 
-def test_an_output_folder_is_overwritten_where_that_is_asked_for(sst2):
+def test_an_output_folder_is_overwritten_only_with_the_flag(sst2):
     """Trap 25."""
     sst2.run()
     first = read_bin(sst2.model)
@@ -305,7 +304,7 @@ def test_an_output_folder_is_overwritten_where_that_is_asked_for(sst2):
     assert any(not torch.equal(first[key], second[key]) for key in first)
 
 
-def test_an_augmented_set_is_trained_on_where_that_is_asked_for(sst2):
+def test_aug_train_trains_on_the_augmented_file(sst2):
     write_rows(sst2.data / "train_aug.tsv", [HEADER, *([["a film", "1"]] * 20)])
     assert ": 20 examples of 4.0 tokens" in sst2.run(aug_train=True).out
 
@@ -332,9 +331,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_good_checkpoint_stays(s
 
 
 def test_the_original_scripts_command_in_an_empty_folder(sst2):
-    """Traps 2 and 27: without apex and torch_npu, from a folder that holds no ./output; nothing on standard error."""
+    """Traps 2 and 27: without apex and torch_npu, from a folder without ./output; nothing on standard error."""
     (sst2.folder / "here").mkdir()
-    for package in ("apex", "torch_npu"):  # what imports one of them must fail
+    for package in ("apex", "torch_npu"):  # importing one of them fails
         (sst2.folder / "here" / f"{package}.py").write_text("raise RuntimeError", encoding="utf-8")
     flags = sst2.flags(
         teacher_model="../teacher", student_model="../student", data_dir="../data", output_dir="new/model"

@@ -1,8 +1,7 @@
-"""Evaluation: every example once and in order, metrics that are numbers, and the right file chooses."""
+"""Evaluation: every example once and in order, metrics that are numbers, and the chosen dev file."""
 
 import dataclasses
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,15 +16,21 @@ from data_processing.examples import read_examples
 from data_processing.features import make_features
 from data_processing.metrics import Metric, accuracy
 from data_processing.tasks import find_task
-from distillation.evaluation import evaluate, predict
+from distillation.evaluation import Predictor
 from distillation.runtime.device import Process
-from distillation.runtime.precision import Precision, TorchMixedPrecision
-from distillation.teacher.teacher import recall
+from distillation.runtime.full_precision import Precision
+from distillation.runtime.mixed_precision import TorchMixedPrecision
+from distillation.teacher.query import TeacherQuery
+from distillation.teacher.teacher import load_or_compute_logits
 from distillation.training import trainer
 from transformer.heads import TinyBertForSequenceClassification
 from transformer.tokenization import BertTokenizer
 
 CPU = Process(torch.device("cpu"))
+
+
+def predictor(collator: Collator, batch_size: int = 5) -> Predictor:
+    return Predictor(collator, batch_size, CPU, Precision())
 
 
 @pytest.fixture
@@ -39,7 +44,7 @@ def parts(golden, tmp_path):
 
 
 def metrics_in_turn(monkeypatch, task_name: str, values: list[float]) -> list[np.ndarray]:
-    """Lets a task's metric be these values, one for each evaluation; returns the predictions it is given."""
+    """Replace a task's metric by these values, one for each evaluation; return the predictions that it gets."""
     seen: list[np.ndarray] = []
 
     def metric(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -59,42 +64,39 @@ def metrics_in_turn(monkeypatch, task_name: str, values: list[float]) -> list[np
 def test_every_example_is_predicted_once_and_in_order(parts, batch_size, to_maximum):
     """Trap 14: the original shuffles and drops the last batch."""
     golden, model, features, place = parts
-    padding = Collator(to_maximum, place.max_seq_length)
-    logits = predict(model, features, padding, batch_size, CPU, Precision())
+    logits = predictor(Collator(to_maximum, place.max_seq_length), batch_size).logits(model, features)
     assert_close(logits, golden.figures["teacher_logits"], atol=1e-5)
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_a_model_is_judged_in_eval_mode_and_left_in_its_own(parts, training):
+def test_a_model_is_evaluated_in_eval_mode_and_left_in_its_own(parts, training):
     golden, model, features, place = parts
     model.train(training)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.5
-    logits = predict(model, features, Collator(True, place.max_seq_length), 4, CPU, Precision())
+    logits = predictor(Collator(True, place.max_seq_length), 4).logits(model, features)
     assert_close(logits, golden.figures["teacher_logits"], atol=1e-5)
     assert model.training is training
 
 
 def test_metrics_are_those_of_all_examples(parts):
     golden, model, features, place = parts
-    task, padding = find_task(place.task), Collator(True, place.max_seq_length)
-    judged = evaluate(model, features, task, padding, 5, CPU, Precision())
+    result = predictor(Collator(True, place.max_seq_length)).evaluate(model, features, find_task(place.task))
     logits, labels = golden.tensor("teacher_logits"), golden.tensor("feat_label_ids")
-    assert judged.examples == len(labels)
-    assert judged.metrics["acc"] == (logits.argmax(dim=1) == labels).double().mean().item()
-    assert judged.metrics["eval_loss"] == pytest.approx(
-        torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5
-    )
-    assert judged.examples_per_second == pytest.approx(judged.examples / judged.seconds)
+    assert result.examples == len(labels)
+    assert result.metrics["acc"] == (logits.argmax(dim=1) == labels).double().mean().item()
+    loss = torch.nn.functional.cross_entropy(logits, labels).item()
+    assert result.metrics["eval_loss"] == pytest.approx(loss, rel=1e-5)
+    assert result.examples_per_second == pytest.approx(result.examples / result.seconds)
 
 
-def test_a_metric_that_is_no_number_counts_as_0(parts):
+def test_a_metric_that_is_nan_counts_as_0(parts):
     """Trap 40."""
     _, model, features, place = parts
     task = dataclasses.replace(find_task(place.task), metric=Metric(lambda *_: {"acc": math.nan, "other": 0.25}, "acc"))
-    judged = evaluate(model, features, task, Collator(True, place.max_seq_length), 5, CPU, Precision())
-    assert (judged.metrics["acc"], judged.metrics["other"]) == (0.0, 0.25)
+    result = predictor(Collator(True, place.max_seq_length)).evaluate(model, features, task)
+    assert (result.metrics["acc"], result.metrics["other"]) == (0.0, 0.25)
 
 
 def test_accuracy():
@@ -127,7 +129,7 @@ def test_the_best_checkpoint_stays(sst2, monkeypatch):
     assert_same_weights(best, read_bin(sst2.model))
 
 
-def test_mnli_is_judged_on_both_files_and_matched_chooses(mnli):
+def test_mnli_is_evaluated_on_both_files_and_matched_chooses(mnli):
     """Trap 15: the two dev sets' labels are opposed, so that one falls while the other rises."""
     golden = Golden("mnli_small")
     header, *rows = golden.case["rows"]
@@ -159,7 +161,7 @@ def test_mnli_is_judged_on_both_files_and_matched_chooses(mnli):
     assert accuracies == list(by_file.values())
 
 
-def test_mnli_mm_is_judged_on_the_mismatched_file_alone(mnli):
+def test_mnli_mm_is_evaluated_on_the_mismatched_file_alone(mnli):
     (mnli.data / "dev_matched.tsv").unlink()
     mnli.task, mnli.entry = "mnli-mm", task_distill
     mnli.run(do_eval=True, student_model=mnli.teacher, teacher_model=None)
@@ -174,15 +176,14 @@ def test_evaluating_alone_gives_the_figures_of_the_run_that_saved_the_model(task
     (end,) = place.events("end")
     place.student, place.model, place.output = place.model, place.folder / "result", place.folder / "output2"
     place.run(do_eval=True, teacher_model=None, padding="longest", eval_batch_size=3)
-    judged = place.events("eval")
-    assert judged[0]["acc"] == end["best"]
+    evaluated = place.events("eval")
+    assert evaluated[0]["acc"] == end["best"]
     best = next(event for event in trained if event["acc"] == end["best"])
-    assert judged[0]["eval_loss"] == pytest.approx(best["eval_loss"], rel=1e-4)
+    assert evaluated[0]["eval_loss"] == pytest.approx(best["eval_loss"], rel=1e-4)
 
 
-def test_the_root_of_all_folders_is_refused(sst2):
-    told = sst2.fails(do_eval=True, student_model=sst2.teacher, teacher_model=None, output_dir="/")
-    assert told.endswith("/: --output_dir cannot be the root of all folders")
+def test_the_root_folder_is_refused_as_output_dir(sst2):
+    assert "--output_dir" in sst2.fails(do_eval=True, student_model=sst2.teacher, teacher_model=None, output_dir="/")
 
 
 def test_both_results_of_mnli_are_copied(mnli):
@@ -192,29 +193,29 @@ def test_both_results_of_mnli_are_copied(mnli):
         assert "acc = " in (mnli.folder / name / "eval_results.txt").read_text(encoding="utf-8")
 
 
-def test_a_performance_run_does_not_wait_for_the_teachers_own_figures(sst2):
+def test_a_performance_run_does_not_evaluate_the_teacher(sst2):
     sst2.run(performance=True)
     assert sst2.events("teacher") == []
 
 
-def test_answers_to_batches_of_few_lengths_are_kept_apart(parts, tmp_path):
+def test_logits_of_bucketed_lengths_are_cached_apart(parts, tmp_path):
     """They differ in their last bits."""
     _, model, features, _ = parts
-    options = SimpleNamespace(cache=Cache(tmp_path / "kept", 10**6), eval_batch_size=4)
+    cache = Cache(tmp_path / "cache", 10**6)
     for bucketed_lengths, found in ((False, False), (True, False), (False, True), (True, True)):
-        padding = Collator(False, 64, bucketed_lengths=bucketed_lengths)
-        _, seconds = recall(model, "digest", features, padding, options, CPU, Precision())
+        collator = Collator(False, 64, bucketed_lengths=bucketed_lengths)
+        _, seconds = load_or_compute_logits(TeacherQuery(model, "digest", features, predictor(collator), cache))
         assert (seconds is None) is found
 
 
-@pytest.mark.parametrize(("device", "few"), [("cpu", True), ("cuda", False)])
-def test_half_precision_has_few_lengths_on_a_cpu(device, few):
-    assert TorchMixedPrecision(torch.device(device), torch.bfloat16, "O1", 1.0).bucketed_lengths is few
+@pytest.mark.parametrize(("device", "bucketed"), [("cpu", True), ("cuda", False)])
+def test_half_precision_buckets_lengths_on_a_cpu(device, bucketed):
+    assert TorchMixedPrecision(torch.device(device), torch.bfloat16, "O1", 1.0).bucketed_lengths is bucketed
 
 
 @pytest.mark.parametrize("amp", [False, True])
 @pytest.mark.parametrize("stage", [{"pred_distill": True}, {}, {"do_eval": True}], ids=str)
-def test_a_run_in_half_precision_pads_to_few_lengths(sst2, monkeypatch, amp, stage):
+def test_a_run_in_half_precision_pads_to_bucketed_lengths(sst2, monkeypatch, amp, stage):
     rounded = []
     monkeypatch.setattr(batching, "bucketed_length", lambda length: rounded.append(length) or length)
     assert sst2.run(amp=amp, amp_dtype="bf16", padding="longest", **stage).status == 0

@@ -1,4 +1,4 @@
-"""Runs that failed, that were stopped early, or whose folder has changed: what the next command makes of it."""
+"""Runs that failed, that were stopped early, or whose folder was changed: what the next command does."""
 
 from __future__ import annotations
 
@@ -6,25 +6,27 @@ import json
 import os
 import re
 import signal
-from contextlib import nullcontext
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cases import Workplace
-from stopped_runs import attempt, dropout_place, signal_in_step
+from cases import Run, Workplace
+from disk_faults import killed_before
+from stopped_runs import attempt, dropout_place, in_step, refused, signal_in_step
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 import task_distill
 from distillation.runs import train
 from distillation.runtime.signals import Stopped
-from distillation.training.trainer import Trainer
 from transformer.errors import UserError
 
-FLAGS = {
+SAVES_OFTEN: dict[str, Any] = {
     **{"padding": "longest", "train_batch_size": 5, "num_train_epochs": 4, "eval_step": 3, "pred_distill": True},
     "save_steps": 2,
 }
+CHECKPOINT, FROM_SCRATCH = "training_state.bin", "--overwrite_output_dir without --resume"
 
 
 @pytest.fixture
@@ -32,270 +34,204 @@ def place(tmp_path: Path) -> Workplace:
     return dropout_place(tmp_path)
 
 
-def again(place: Workplace, **changes: Any) -> Any:
-    return attempt(place, **{**FLAGS, "cache_dir": place.folder / "cache", **changes})
+def flags(place: Workplace, **changes: Any) -> dict[str, Any]:
+    return {**SAVES_OFTEN, "cache_dir": place.folder / "cache", **changes}
 
 
-def states(place: Workplace) -> list[str]:
-    return sorted(path.name for path in place.model.glob("training_state*"))
+def run(place: Workplace, **changes: Any) -> Run:
+    return attempt(place, **flags(place, **changes))
 
 
-class TestBeforeTheFirstSaving:
-    """The command, corrected, then begins as if the failed one had never been."""
+def refusal(place: Workplace, **changes: Any) -> str:
+    return refused(place, **flags(place, resume=True, **changes))
 
-    def test_a_fault_leaves_nothing(self, place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-        def fail(*_: object) -> None:
-            raise torch.OutOfMemoryError("CUDA out of memory")
 
-        with monkeypatch.context() as patched:
-            patched.setattr(Trainer, "_learn", fail)
-            with pytest.raises(torch.OutOfMemoryError):
-                again(place)
-        assert states(place) == []
-        assert again(place, train_batch_size=4).status == 0
+def raises(error: BaseException) -> Callable[[], None]:
+    def action() -> None:
+        raise error
 
-    def test_a_signal_leaves_nothing(self, place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-        with monkeypatch.context() as patched:
-            patched.setattr(train, "say_settings", lambda *_: os.kill(os.getpid(), signal.SIGINT))
-            assert again(place).status == 128 + signal.SIGINT
-        assert states(place) == []
-        assert again(place, resume=True, seed=3).status == 0
+    return action
 
-    @pytest.mark.parametrize(
-        "fault", [RuntimeError("a lost peer"), Stopped(signal.SIGTERM), UserError("a mistake")], ids=repr
-    )
-    def test_no_line_of_the_logs_is_there_twice(
-        self, place: Workplace, monkeypatch: pytest.MonkeyPatch, fault: BaseException
-    ) -> None:
-        """But for those before a user's mistake, which may show what went wrong."""
-        learn = Trainer._learn
 
-        def fail_in_the_second(self: Trainer, *given: Any) -> Any:
-            if self.outcome.steps == 1:
-                raise fault
-            return learn(self, *given)
+class TestBeforeTheFirstSave:
+    """The corrected command begins as if the failed one had not run."""
 
+    def test_a_fault_leaves_no_checkpoint(self, place: Workplace) -> None:
+        with in_step(1, raises(torch.OutOfMemoryError())), pytest.raises(torch.OutOfMemoryError):
+            run(place)
+        assert list(place.model.iterdir()) == []
+        assert run(place, train_batch_size=4).status == 0
+
+    def test_a_signal_during_the_teachers_evaluation_leaves_no_checkpoint(self, place: Workplace) -> None:
+        hook = register_module_forward_pre_hook(lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        ended = run(place)
+        hook.remove()
+        assert ended.status == 128 + signal.SIGINT
+        assert list(place.model.iterdir()) == []
+        assert run(place, resume=True, seed=3).status == 0
+
+    @pytest.mark.parametrize("fault", [RuntimeError(), Stopped(signal.SIGTERM), UserError("")], ids=repr)
+    def test_log_lines_are_removed_unless_the_user_made_a_mistake(self, place: Workplace, fault: BaseException) -> None:
+        """After a mistake they may show what went wrong."""
+        is_mistake = isinstance(fault, UserError)
         place.output.mkdir()
         log = place.output / "metrics.jsonl"
         log.write_text('{"event": "of another run"}\n', encoding="utf-8")
-        with monkeypatch.context() as patched:
-            patched.setattr(Trainer, "_learn", fail_in_the_second)
-            with pytest.raises(RuntimeError) if isinstance(fault, RuntimeError) else nullcontext():
-                assert again(place, output_txt_step=1).status != 0
-        assert states(place) == []
-        before = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-        assert before[0] == {"event": "of another run"}
-        assert ([line["step"] for line in before if line["event"] == "train"] == [1]) is isinstance(fault, UserError)
-        assert len(before) == 1 or isinstance(fault, UserError)
-        assert again(place, output_txt_step=1, resume=True).status == 0
-        steps = [event["step"] for event in place.events("train")]
-        assert steps == [*([1] if isinstance(fault, UserError) else []), *range(1, 9)]
+        with in_step(2, raises(fault)):
+            if isinstance(fault, RuntimeError):
+                with pytest.raises(RuntimeError):
+                    run(place)
+            else:
+                assert run(place).status != 0
+        assert not (place.model / CHECKPOINT).exists()
+        events = [json.loads(line)["event"] for line in log.read_text(encoding="utf-8").splitlines()]
+        assert events == ["of another run", *(["teacher", "teacher_cache", "train"] if is_mistake else [])]
+        assert run(place, resume=True).status == 0
+        assert [event["step"] for event in place.events("train")] == [*([1] if is_mistake else []), *range(1, 9)]
 
-    def test_what_a_kill_has_left_counts_as_nothing(self, place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-        with monkeypatch.context() as patched:
-            patched.setattr(train, "say_settings", lambda *_: os.kill(os.getpid(), signal.SIGINT))
-            patched.setattr(
-                "distillation.checkpoints.resume.RunFolder.forget_unless_saved", lambda self, and_lines: None
-            )
-            assert again(place).status == 128 + signal.SIGINT
-        assert states(place) == ["training_state.json", "training_state.log"]
-        assert again(place, seed=3).status == 0
-        assert states(place) == []
+    @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+    def test_a_killed_run_does_not_make_the_folder_count_as_used(self, place: Workplace) -> None:
+        with signal_in_step(1, signal.SIGKILL):
+            assert killed_before(10**6, lambda: run(place))
+        assert [path.name for path in place.model.iterdir()] == [CHECKPOINT]
+        assert run(place, seed=3).status == 0
 
-    def test_a_model_is_not_forgotten(self, place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A fault after an evaluation has saved a model: the same command may begin again in its place."""
-        learn, steps = Trainer._learn, []
-
-        def fail_later(self: Trainer, *given: Any) -> Any:
-            steps.append(None)
-            if len(steps) == 5:
-                raise RuntimeError("a fault")
-            return learn(self, *given)
-
-        with monkeypatch.context() as patched:
-            patched.setattr(Trainer, "_learn", fail_later)
-            with pytest.raises(RuntimeError, match="a fault"):
-                again(place, save_steps=100)
-        assert states(place) == ["training_state.json", "training_state.log"]
-        assert again(place).status == 2
-        assert again(place, resume=True).status == 0
+    def test_a_saved_model_can_be_resumed(self, place: Workplace) -> None:
+        """A fault after an evaluation has saved a model, and before a checkpoint has."""
+        with in_step(5, raises(RuntimeError())), pytest.raises(RuntimeError):
+            run(place, save_steps=100)
+        assert {CHECKPOINT, "pytorch_model.bin"} <= {path.name for path in place.model.iterdir()}
+        assert "--resume" in refused(place, **flags(place))
+        assert run(place, resume=True).status == 0
+        assert [event["step"] for event in place.events("train")] == list(range(1, 9))
 
 
 @pytest.fixture
 def stopped(place: Workplace) -> Workplace:
-    """Stopped after four of its eight steps, and one evaluation."""
+    """A run that was stopped after four of its eight steps, and one evaluation."""
     with signal_in_step(4):
-        assert again(place).status == 128 + signal.SIGTERM
+        assert run(place).status == 128 + signal.SIGTERM
     return place
 
 
-def test_a_refusal_of_other_settings_names_the_way_out(stopped: Workplace) -> None:
-    refused = again(stopped, resume=True, seed=7)
-    assert refused.status == 2
-    assert "--seed was 42, is 7; --overwrite_output_dir without --resume (with the scripts: without " in refused.err
-    assert refused.err.endswith("RESUME=1) begins anew\n")
-
-
-def test_a_task_file_that_says_something_else_is_refused(place: Workplace) -> None:
-    """Its metric chooses the checkpoint, its labels number the scores: the name of the task alone tells neither."""
+def test_a_changed_task_file_is_refused(place: Workplace) -> None:
+    """Its metric chooses the checkpoint and its labels number the scores; the task's name shows neither."""
     place.entry = task_distill
     file = place.data / "task.json"
     described = {"name": "Mine", "train": "train.tsv", "dev": "dev.tsv", "text": 0, "label": 1, "labels": ["0", "1"]}
+    task: dict[str, Any] = {"task_name": None, "task_file": file}
     file.write_text(json.dumps(described), encoding="utf-8")
-    flags: dict[str, Any] = {"task_name": None, "task_file": file}
     with signal_in_step(3):
-        assert again(place, **flags).status == 128 + signal.SIGTERM
-    file.write_text(json.dumps(described | {"metric": "matthews"}), encoding="utf-8")
-    refused = again(place, **flags, resume=True)
-    assert "the metric that chooses was acc, is mcc" in refused.err
-    file.write_text(json.dumps(described | {"labels": ["1", "0"]}), encoding="utf-8")
-    assert "the task's description has changed" in again(place, **flags, resume=True).err
+        assert run(place, **task).status == 128 + signal.SIGTERM
+    for change, named in (({"metric": "matthews"}, "was acc, is mcc"), ({"labels": ["1", "0"]}, "task's description")):
+        file.write_text(json.dumps(described | change), encoding="utf-8")
+        assert named in refusal(place, **task)
     file.write_text(json.dumps(described), encoding="utf-8")
-    assert again(place, **flags, resume=True).status == 0
+    assert run(place, **task, resume=True).status == 0
 
 
-class TestTheCopy:
-    """Of --data_url, which a stop between the end of the run and its copying, or a full disk, has kept away."""
-
-    @pytest.fixture
-    def ended(self, place: Workplace) -> Workplace:
-        place.entry = task_distill
-        assert again(place).status == 0
-        return place
-
-    def test_is_made_by_resuming_the_run_that_has_ended(self, ended: Workplace) -> None:
-        target = ended.folder / "copy"
-        for _ in range(2):  # RESUME=1 may always be given
-            done = again(ended, resume=True, data_url=target)
-            assert done.status == 0, done.err
-            assert "this run has ended already" in done.out
-        (target / "pytorch_model.bin").unlink()  # it was broken off
+def test_resuming_a_finished_run_completes_the_copy_and_replaces_nothing_else(place: Workplace) -> None:
+    """A signal or a full disk may have ended the copy to --data_url; RESUME=1 may always be given."""
+    place.entry = task_distill
+    assert run(place).status == 0
+    target = place.folder / "copy"
+    for damage in (lambda: None, (target / "pytorch_model.bin").unlink):
+        damage()
+        assert run(place, resume=True, data_url=target).status == 0
+        for path in place.model.iterdir():
+            assert (target / path.name).read_bytes() == path.read_bytes()
         (target / ".run.json.abcdefgh.tmp").write_text("{", encoding="utf-8")
-        assert again(ended, resume=True, data_url=target).status == 0
-        names = {path.name for path in ended.model.iterdir()}
-        assert names <= {path.name for path in target.iterdir()}
-        for name in names - {"model_manifest.json"}:
-            assert (target / name).read_bytes() == (ended.model / name).read_bytes()
-
-    def test_replaces_nothing_else(self, ended: Workplace) -> None:
-        target = ended.folder / "copy"
-        target.mkdir()
-        (target / "run.json").write_text("of another run", encoding="utf-8")
-        refused = again(ended, resume=True, data_url=target)
-        assert refused.status == 2
-        assert f"--data_url {target}: is not empty" in refused.err
+    (target / "run.json").write_text("of another run", encoding="utf-8")
+    assert f"--data_url {target}: " in refusal(place, data_url=target)
 
 
-def test_a_model_that_is_gone_is_told(stopped: Workplace) -> None:
-    """Of a run that was stopped after it had chosen one, and of a run that has ended."""
+def test_a_missing_model_is_reported(stopped: Workplace) -> None:
+    """The model of a stopped run that had saved one, then that of the finished run."""
     weights = stopped.model / "pytorch_model.bin"
     content = weights.read_bytes()
     for _ in range(2):
         weights.unlink()
-        refused = again(stopped, resume=True)
-        assert refused.status == 2
-        assert refused.err == (
-            f"main.py: error: {stopped.model}: the model of the run there is gone; "
-            "--overwrite_output_dir without --resume begins anew\n"
-        )
+        line = refusal(stopped)
+        assert f"{stopped.model}: " in line
+        assert FROM_SCRATCH in line
         weights.write_bytes(content)
-        assert again(stopped, resume=True).status == 0
+        assert run(stopped, resume=True).status == 0
 
 
-def test_a_folder_that_changes_before_it_is_locked_is_told(stopped: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another run takes up the stopped one, and ends, while this one reads its data."""
-    read = train.TrainingParts.read
-
-    def and_another(*given: Any) -> Any:
-        monkeypatch.setattr(train.TrainingParts, "read", read)
-        assert again(stopped, resume=True).status == 0
-        return read(*given)
-
-    monkeypatch.setattr(train.TrainingParts, "read", and_another)
-    refused = again(stopped, resume=True)
-    assert refused.status == 2
-    assert refused.err.endswith("what it holds of a run has changed meanwhile; start again\n")
-    assert states(stopped) == []
-
-
-@pytest.mark.parametrize("step", [1, 4], ids=["before the first saving", "after it"])
-@pytest.mark.parametrize("becomes", ["gone", "empty", "another run's"])
-def test_a_run_whose_folder_is_taken_away_ends_and_writes_nothing_there(
-    place: Workplace, monkeypatch: pytest.MonkeyPatch, becomes: str, step: int
+def test_a_run_that_ends_before_the_folder_is_locked_is_not_repeated(
+    stopped: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A user removes it, and begins anew, while the run before is still at work."""
-    learn, steps = Trainer._learn, []
+    """Another run resumes and ends while this one reads its data."""
+    load = train.load_datasets
 
-    def and_take_away(self: Trainer, *given: Any) -> Any:
-        steps.append(None)
-        if len(steps) == step:
-            place.model.rename(place.folder / "away")
-            if becomes != "gone":
-                place.model.mkdir()
-            if becomes == "another run's":
-                for path in (place.folder / "away").iterdir():
-                    (place.model / path.name).write_bytes(b"its own")
-        return learn(self, *given)
+    def load_while_another_runs(*given: Any) -> Any:
+        monkeypatch.setattr(train, "load_datasets", load)
+        assert run(stopped, resume=True).status == 0
+        return load(*given)
 
-    monkeypatch.setattr(Trainer, "_learn", and_take_away)
-    ended = again(place)
-    assert ended.status == 2
-    assert ended.err == f"main.py: error: {place.model}: was removed or moved while the run wrote there; the run ends\n"
-    there = {path.name: path.read_bytes() for path in place.model.iterdir()} if place.model.exists() else {}
-    assert set(there.values()) <= {b"its own"}
-    assert ("training_state.json" in there) is (becomes == "another run's")
-
-
-def test_a_state_that_is_gone_is_told(stopped: Workplace) -> None:
-    """The run does not begin again as if it had never been, with hours of work and every line of the logs twice."""
-    (stopped.model / "training_state.bin").rename(stopped.folder / "state")
-    log = (stopped.output / "metrics.jsonl").read_bytes()
-    refused = again(stopped, resume=True)
-    assert refused.status == 2
-    assert refused.err == (
-        f"main.py: error: {stopped.model}/training_state.bin: what the run there had saved is gone; "
-        "--overwrite_output_dir without --resume begins anew\n"
-    )
-    assert (stopped.output / "metrics.jsonl").read_bytes() == log
-    (stopped.folder / "state").rename(stopped.model / "training_state.bin")
-    assert again(stopped, resume=True).status == 0
+    monkeypatch.setattr(train, "load_datasets", load_while_another_runs)
+    assert run(stopped, resume=True).status == 0
     assert [event["step"] for event in stopped.events("train")] == list(range(1, 9))
+    assert not (stopped.model / CHECKPOINT).exists()
 
 
-@pytest.mark.parametrize("content", [b"", b'{"id": "0', b"[]", b'{"id": 3, "run": {}, "logs": {}}'])
-def test_a_record_that_is_damaged_is_told(stopped: Workplace, content: bytes) -> None:
-    record = stopped.model / "training_state.json"
-    record.write_bytes(content)
-    refused = again(stopped, resume=True)
-    assert refused.status == 2
-    told = f"; --resume cannot go on with the run that was stopped there, since {record} is damaged\n"
-    assert refused.err.endswith(told)
+@pytest.mark.parametrize("step", [1, 3, 4], ids=["before the first save", "before an evaluation", "before a save"])
+@pytest.mark.parametrize("becomes", ["gone", "empty", "another run's"])
+def test_a_run_whose_folder_is_removed_ends_and_writes_nothing_there(place: Workplace, becomes: str, step: int) -> None:
+    """A user removes it, and begins from scratch, while the earlier run still works."""
+
+    def remove() -> None:
+        place.model.rename(place.folder / "away")
+        if becomes != "gone":
+            place.model.mkdir()
+        if becomes == "another run's":
+            for path in (place.folder / "away").iterdir():
+                (place.model / path.name).write_bytes(b"its own")
+
+    with in_step(step, remove):
+        assert f"{place.model}: " in refused(place, **flags(place))
+    left = {path.name: path.read_bytes() for path in place.model.iterdir()} if place.model.exists() else {}
+    assert place.model.exists() is (becomes != "gone")
+    assert set(left.values()) <= {b"its own"}
+    assert (CHECKPOINT in left) is (becomes == "another run's")
 
 
-def test_a_state_with_a_changed_bit_is_told(stopped: Workplace) -> None:
-    """torch itself reads it: the weights of a stopped run would be others, without a word."""
-    state = stopped.model / "training_state.bin"
-    content = state.read_bytes()
-    weights = torch.load(state, weights_only=True)["weights"]
-    place = content.index(weights["bert.pooler.dense.weight"].numpy().tobytes())
-    broken = bytearray(content)
-    broken[place + 3] ^= 0x40
-    state.write_bytes(broken)
-    assert not torch.load(state, weights_only=True)["weights"]["bert.pooler.dense.weight"].equal(
-        weights["bert.pooler.dense.weight"]
-    )
-    for wrong in (bytes(broken), content[:-1], content + b"0", content[:40]):
-        state.write_bytes(wrong)
-        refused = again(stopped, resume=True)
-        assert refused.status == 2
-        assert "training_state.bin: cannot be gone on from (it is not what was saved" in refused.err
-        assert refused.err.count("\n") == 1
-    state.write_bytes(content)
-    assert again(stopped, resume=True).status == 0
+def test_a_damaged_checkpoint_is_reported(stopped: Workplace) -> None:
+    """torch itself reads a file with a changed bit: the weights would differ, without an error."""
+    checkpoint = stopped.model / CHECKPOINT
+    content = checkpoint.read_bytes()
+    key = "bert.pooler.dense.weight"
+    weights = torch.load(checkpoint, weights_only=True)["trainer"]["weights"][key]
+    flipped = bytearray(content)
+    flipped[content.index(weights.numpy().tobytes()) + 3] ^= 0x40
+    checkpoint.write_bytes(flipped)
+    assert not torch.load(checkpoint, weights_only=True)["trainer"]["weights"][key].equal(weights)
+    for wrong in (flipped, content[:-1], content + b"0", content[:40], b"", b"PK\x03\x04", b"\x80\x04cposix\nsystem\n"):
+        checkpoint.write_bytes(wrong)
+        line = refusal(stopped)
+        assert str(checkpoint) in line
+        assert FROM_SCRATCH in line
+        assert checkpoint.read_bytes() == wrong
+    checkpoint.write_bytes(content)
+    assert run(stopped, resume=True).status == 0
 
 
-def test_the_logs_are_on_the_disk_before_a_state_is(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a power cut a state must not tell of lines that are gone."""
+def test_a_checkpoint_of_another_version_or_a_missing_one_is_reported(stopped: Workplace) -> None:
+    """The first beside the model of an older, finished run; nothing begins from scratch without being asked for."""
+    assert run(stopped, resume=True).status == 0
+    with signal_in_step(2):
+        assert run(stopped, overwrite_output_dir=True).status == 128 + signal.SIGTERM
+    checkpoint, log = stopped.model / CHECKPOINT, (stopped.output / "metrics.jsonl").read_bytes()
+    torch.save(torch.load(checkpoint, weights_only=True) | {"form": 0}, checkpoint)
+    assert str(checkpoint) in refusal(stopped)
+    (stopped.model / "run.json").unlink()
+    checkpoint.unlink()
+    assert f"{stopped.model}: " in refusal(stopped)
+    assert (stopped.output / "metrics.jsonl").read_bytes() == log
+
+
+def test_the_logs_are_on_the_disk_before_a_checkpoint_is(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a power cut a checkpoint must not count lines that are gone."""
     synced: list[str] = []
     fsync = os.fsync
 
@@ -304,23 +240,20 @@ def test_the_logs_are_on_the_disk_before_a_state_is(place: Workplace, monkeypatc
         fsync(file)
 
     monkeypatch.setattr(os, "fsync", note)
-    assert again(place, save_steps=5).status == 0
-    before = synced[: synced.index(".training_state.bin")]
-    assert {"metrics.jsonl", "train_full_1p_2.txt", "eval_results.txt"} <= set(before)
+    assert run(place, save_steps=5).status == 0
+    first, second = (number for number, name in enumerate(synced) if name == f".{CHECKPOINT}")
+    assert {"metrics.jsonl", "train_full_1p_2.txt", "eval_results.txt"} <= set(synced[first:second])
 
 
-def test_a_signal_in_the_last_step_is_no_success(place: Workplace, capfd: pytest.CaptureFixture[str]) -> None:
-    """A script does not go on with what comes next; the run has ended, and its copy can be made."""
+def test_a_signal_in_the_last_step_gives_its_status_and_the_run_is_finished(place: Workplace) -> None:
+    """A script must not continue with its next command; --resume then makes the copy."""
     place.entry = task_distill
-    flags = {"pred_distill": None, "data_url": place.folder / "copy"}  # with an evaluation it could still be stopped
+    changes = {"pred_distill": None, "data_url": place.folder / "copy"}  # an evaluation could still be stopped
     with signal_in_step(8, signal.SIGINT):
-        done = again(place, **flags)
+        done = run(place, **changes)
     assert done.status == 128 + signal.SIGINT
-    assert done.err == (
-        "task_distill.py: stopped by SIGINT when the run had ended; "
-        "the same command with --resume copies it to --data_url\n"
-    )
-    assert capfd.readouterr().out == "stopping after this step; once more ends at once\n"
-    assert states(place) == []
-    assert again(place, **flags, resume=True).status == 0
+    assert "--resume" in done.err
+    assert not (place.model / CHECKPOINT).exists()
+    assert not (place.folder / "copy").exists()
+    assert run(place, **changes, resume=True).status == 0
     assert (place.folder / "copy" / "pytorch_model.bin").is_file()

@@ -9,7 +9,14 @@ import transformers
 from augmentation_cases import VOCABULARY, Place, config_of, head_shapes, masked_lm
 from cases import edit_weights, encoder_shapes, weights_of
 
-from distillation.runs.mlm_head import IGNORED, load_masked_lm, masked_accuracy, masked_batch, pieces_of, train
+from distillation.runs.mlm_head import (
+    IGNORED,
+    encode_texts,
+    load_masked_lm,
+    masked_accuracy,
+    masked_batch,
+    train_masked_lm,
+)
 from transformer.errors import UserError
 from transformer.heads import BertForMaskedLM
 from transformer.tokenization import BertTokenizer
@@ -106,7 +113,7 @@ def test_masks_are_drawn_as_bert_draws_them(folder):
 def learnable(tokenizer: BertTokenizer) -> list[list[int]]:
     """Texts in which a word follows from the one beside it."""
     pairs = ["good movie", "bad film", "great plot", "awful acting", "funny story", "sad rock"]
-    return pieces_of([f"the {pair} is {pair}" for pair in pairs] * 40, tokenizer)
+    return encode_texts([f"the {pair} is {pair}" for pair in pairs] * 40, tokenizer)
 
 
 def test_a_head_is_learned(tmp_path):
@@ -115,32 +122,32 @@ def test_a_head_is_learned(tmp_path):
     assert not masked.has_head
     texts = learnable(masked.tokenizer)
     before = masked_accuracy(masked, texts, 0)
-    accuracy = train(masked, texts, 250, seed=1)
+    accuracy = train_masked_lm(masked, texts, 250, seed=1)
     assert before < 0.1
     assert accuracy > 0.6
     predictions = masked.model.cls.predictions
     assert predictions.decoder.weight is masked.model.bert.embeddings.word_embeddings.weight
     again = load_masked_lm(folder, True, seed=1)
-    train(again, texts, 250, seed=1)
+    train_masked_lm(again, texts, 250, seed=1)
     for ours, theirs in zip(masked.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     other = load_masked_lm(folder, True, seed=2)
-    train(other, texts, 5, seed=2)
+    train_masked_lm(other, texts, 5, seed=2)
     assert not torch.equal(other.model.cls.predictions.bias, predictions.bias)
 
 
 def test_the_head_alone_leaves_the_encoder_as_it_was(tmp_path):
     masked = load_masked_lm(masked_lm(tmp_path / "bare", head=False), True)
     before = {name: tensor.clone() for name, tensor in masked.model.bert.state_dict().items()}
-    train(masked, learnable(masked.tokenizer), 20, seed=1, train_encoder=False)
+    train_masked_lm(masked, learnable(masked.tokenizer), 20, seed=1, train_encoder=False)
     assert all(torch.equal(before[name], tensor) for name, tensor in masked.model.bert.state_dict().items())
 
 
 def test_the_command_trains_a_head_once(tmp_path):
     place = Place(tmp_path)
     bare = masked_lm(tmp_path / "bare", head=False)
-    said = place.run(pretrained_bert_model=bare, train_mlm_head=4).out
-    assert "of held-out masked tokens rightly" in said
+    output = place.run(pretrained_bert_model=bare, train_mlm_head=4).out
+    assert "of held-out masked tokens correctly" in output
     made = place.made.read_bytes()
     place.run(pretrained_bert_model=bare, train_mlm_head=4, overwrite_output_file=True)
     assert place.made.read_bytes() == made
@@ -151,11 +158,11 @@ def test_the_command_trains_a_head_once(tmp_path):
 def test_too_few_texts_are_told(tmp_path):
     masked = load_masked_lm(masked_lm(tmp_path / "bare", head=False), True)
     with pytest.raises(UserError, match="too few texts"):
-        train(masked, [[2, 7, 3]], 3, seed=0)
+        train_masked_lm(masked, [[2, 7, 3]], 3, seed=0)
 
 
 def test_texts_are_cut_and_empty_ones_left_out(folder):
     tokenizer = BertTokenizer.from_pretrained(folder)
-    pieces = pieces_of(["the movie", "", "film " * 300], tokenizer)
+    pieces = encode_texts(["the movie", "", "film " * 300], tokenizer)
     assert [len(text) for text in pieces] == [4, 128]
     assert json.dumps(pieces[0]) == json.dumps([2, VOCABULARY.index("the"), VOCABULARY.index("movie"), 3])

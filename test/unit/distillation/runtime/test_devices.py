@@ -1,34 +1,39 @@
-"""--device npu, taken through whole runs on a stand-in device that torch itself is told of.
+"""--device npu in whole runs on a stand-in device, process settings of memory and floating point.
 
-The stand-in (`stand_in_npu.py`) computes on the CPU, so weights must equal those of the same run with
---device cpu: what differs is every line of this project that a device goes through.
+The stand-in (`stand_in_npu.py`) computes on the CPU, so the weights must equal those of a run with --device cpu.
 """
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import torch
-from cases import Golden, Run, Workplace, assert_same_weights, call, command, read_bin, report_lack
+from cases import Run, Workplace, assert_same_weights, command, read_bin, report_lack
+
+# main.py on the CPU with the operations of an accelerator: the order of the sums is another one in the CPU's own.
+ON_CPU = """
+import sys
+import main
+from distillation.launch import run_entry
+from distillation.training import trainer
+from transformer import layers, optimization, packed_inference
+layers.has_cpu_kernels = optimization.can_fuse = lambda *_: False
+packed_inference.can_pack = lambda: False
+trainer.has_few_words_per_step = lambda *_: False
+sys.exit(run_entry("main.py", main.main))
+"""
+
 
 STAND_IN = Path(__file__).parents[2] / "stand_in_npu.py"
 
 
-@pytest.fixture
-def place(tmp_path: Path) -> Workplace:
-    return Golden("sst2_small").workplace(tmp_path)
-
-
-def on_npu(place: Workplace, **changes: object) -> tuple[Run, list[str]]:
-    """main.py with --device npu, and what it called of torch.npu."""
+def run_on_npu(place: Workplace, **changes: object) -> tuple[Run, list[str]]:
+    """Run main.py on the stand-in; return its result and the calls of torch.npu."""
     log = place.folder / "calls.txt"
-    threads = str(torch.get_num_threads())  # as in this process: a sum's order follows from their number
-    flags = place.flags(device="npu", **changes)
-    done = command(str(STAND_IN), str(log), *flags, cwd=place.folder, OMP_NUM_THREADS=threads)
+    flags = place.flags(**{"device": "npu", **changes})
+    done = command(str(STAND_IN), str(log), *flags, cwd=place.folder, OMP_NUM_THREADS="1")
     return done, log.read_text(encoding="utf-8").split("\n") if log.exists() else []
 
 
@@ -38,70 +43,49 @@ def on_npu(place: Workplace, **changes: object) -> tuple[Run, list[str]]:
     [
         {"padding": "longest"},
         {"pred_distill": True, "gradient_accumulation_steps": 2},
-        # The prediction stage, where no weight is used twice: torch.autocast may add up such gradients in bf16.
+        # No weight is used twice in this stage: torch.autocast may add the gradients of such in bf16.
         {"pred_distill": True, "amp": True, "amp_dtype": "bf16", "opt_level": "O1"},
         {"amp": True, "amp_dtype": "fp16", "opt_level": "O2", "loss_scale": "dynamic"},
     ],
     ids=["intermediate", "prediction", "O1", "O2"],
 )
-def test_a_whole_run_equals_the_cpus(
-    place: Workplace, changes: dict[str, object], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Both stages, fp32 and mixed precision: the same weights, and the logs name the device."""
-    settings = {"train_batch_size": 5, "num_train_epochs": 3, "learning_rate": 5e-4, **changes}
-    # The CPU takes the accelerator's way through model and optimizer: its own ones round elsewhere.
-    monkeypatch.setattr("transformer.modeling._has_cpu_kernels", lambda _: False)
-    monkeypatch.setattr("transformer.optimization._can_fuse", lambda _: False)
-    monkeypatch.setattr("transformer.packed_inference.can_pack", lambda: False)
-    monkeypatch.setattr("distillation.training.trainer._meets_few", lambda *_: False)
-    place.run(**settings, output_dir=place.folder / "cpu", fps_acc_dir=place.folder / "cpu_logs")
-    done, calls = on_npu(place, **settings)
+def test_a_run_on_an_accelerator_gives_the_weights_of_one_on_a_cpu(sst2: Workplace, changes: dict[str, object]) -> None:
+    settings = {"train_batch_size": 5, "num_train_epochs": 3, "learning_rate": 5e-4, "cache_limit": 0, **changes}
+    flags = sst2.flags(**settings, output_dir=sst2.folder / "cpu", fps_acc_dir=sst2.folder / "cpu_logs")
+    done = command("-c", ON_CPU, *flags, cwd=sst2.folder, OMP_NUM_THREADS="1")
+    assert done.status == 0, done.err
+    done, calls = run_on_npu(sst2, **settings)
     assert done.status == 0, done.err
     assert "on npu:0" in done.out
-    ours, theirs = read_bin(place.model), read_bin(place.folder / "cpu")
-    assert_same_weights(ours, theirs)  # the stand-in computes by the same kernels, in the same order
-    (log,) = place.output.glob("train_full_1p_*.txt")
+    # Both are processes of one thread, which compute with the same kernels.
+    assert_same_weights(read_bin(sst2.model), read_bin(sst2.folder / "cpu"))
+    (log,) = sst2.output.glob("train_full_1p_*.txt")
     assert log.read_text(encoding="utf-8").startswith("[NPU:0]  epoch 0 step0 FPS")
-    assert "set_device 0" in calls
-    assert "manual_seed_all 42" in calls
-    assert "synchronize" in calls  # a clock is read only when the device has done its work
+    assert {"set_device 0", "manual_seed_all 42", "synchronize"} <= set(calls)
 
 
-def test_the_id_is_honoured(place: Workplace) -> None:
-    """Trap 3: `--device_list 1` is the second card, not the first of one."""
-    done, calls = on_npu(place, do_eval=True, device_list="1")
+def test_auto_prefers_the_npu_and_device_list_gives_its_id(sst2: Workplace) -> None:
+    """Trap 3: `--device_list 1` is the second device, not the first of one."""
+    done, calls = run_on_npu(sst2, do_eval=True, device="auto", device_list="1")
     assert done.status == 0, done.err
     assert "set_device 1" in calls
     assert "set_device 0" not in calls
-    assert (place.output / "train_eval_1p.txt").read_text(encoding="utf-8").startswith("[NPU:1]")
+    assert (sst2.output / "train_eval_1p.txt").read_text(encoding="utf-8").startswith("[NPU:1]")
 
 
-def test_more_ids_than_devices(place: Workplace) -> None:
-    """One line tells how many there are; nothing is written."""
-    done, _ = on_npu(place, device_list="0,1,2,3,4,5,6,7")
-    assert done.status == 2
-    assert done.err.count("\n") == 1
-    assert "--device_list 0,1,2,3,4,5,6,7: this machine has 2 of these devices" in done.err
-    assert not place.output.exists()
-
-
-def test_auto_prefers_the_npu(place: Workplace) -> None:
-    """--device auto is npu, else gpu, else cpu."""
-    log = place.folder / "calls.txt"
-    done = command(str(STAND_IN), str(log), *place.flags(device="auto", do_eval=True), cwd=place.folder)
-    assert done.status == 0, done.err
-    assert (place.output / "train_eval_1p.txt").read_text(encoding="utf-8").startswith("[NPU:0]")
+def test_ids_beyond_the_number_of_devices_are_one_line(sst2: Workplace) -> None:
+    done, _ = run_on_npu(sst2, device_list="0,1,2,3,4,5,6,7")
+    assert (done.status, done.err.count("\n")) == (2, 1)
+    assert "--device_list 0,1,2,3,4,5,6,7" in done.err
+    assert "2 of these devices" in done.err
+    assert not sst2.output.exists()
 
 
 @pytest.mark.parametrize(("environment", "kept"), [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "131072"}, False)])
-def test_memory_that_tensors_free_is_kept_for_the_next_ones(
+def test_freed_memory_is_reused_unless_the_user_set_malloc(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], kept: bool
 ) -> None:
-    """Page faults show it: a tensor of 100 MB needs no new pages in the end. A user's own settings go first.
-
-    It takes a few tensors: glibc keeps the small pieces beside the first seven apart, so theirs are not whole again.
-    How many faults the first one costs depends on the size of the system's pages.
-    """
+    """Page faults show it: after some tensors of 100 MB, a further one needs no new pages."""
     for name in [name for name in os.environ if name.startswith(("MALLOC_", "GLIBC_TUNABLES"))]:
         monkeypatch.delenv(name)
     program = (
@@ -124,24 +108,18 @@ def test_memory_that_tensors_free_is_kept_for_the_next_ones(
     assert (last < first / 4) is kept
 
 
-@pytest.mark.parametrize("prepared", [True, False])
-def test_numbers_too_small_for_full_speed_are_0_in_all_threads(tmp_path: Path, prepared: bool) -> None:
+@pytest.mark.parametrize("as_an_entry", [True, False])
+def test_an_entry_sets_denormal_numbers_to_0_in_all_threads(tmp_path: Path, as_an_entry: bool) -> None:
     program = (
-        "import main, torch\n"
+        "import torch\n"
         "from concurrent.futures import ThreadPoolExecutor\n"
-        "from distillation.runtime.device import prepare_process\n"
-        f"if {prepared}: prepare_process()\n"
+        "from distillation.launch import run_entry\n"
         "torch.set_num_threads(4)\n"
-        "def left(): return int((torch.full((4_000_000,), 1e-39) * 0.9).count_nonzero())\n"
-        "with ThreadPoolExecutor(1) as pool: print(left(), pool.submit(left).result())\n"
+        "def nonzero(): return int((torch.full((4_000_000,), 1e-39) * 0.9).count_nonzero())\n"
+        "def entry(flags):\n"
+        "    with ThreadPoolExecutor(1) as pool: print(nonzero(), pool.submit(nonzero).result())\n"
+        f"run_entry('main.py', entry) if {as_an_entry} else entry([])\n"
     )
     done = command("-c", program, cwd=tmp_path)
     assert done.status == 0, done.err
-    assert done.out.split() == (["0", "0"] if prepared else ["4000000"] * 2)
-
-
-def test_an_entry_takes_tiny_numbers_for_0() -> None:
-    def entry(flags: Sequence[str]) -> None:
-        print(int((torch.full((100,), 1e-39) * 0.9).count_nonzero()))
-
-    assert call(entry, []).out == "0\n"
+    assert done.out.split() == (["0", "0"] if as_an_entry else ["4000000"] * 2)

@@ -1,4 +1,4 @@
-"""What a run tells: FPS of training alone, lines in the known form, files that are appended to."""
+"""Logs: FPS of training alone, lines in the original's form, files that are appended to and rolled back."""
 
 import json
 import logging
@@ -11,7 +11,7 @@ from cases import own_logging
 
 from distillation.runtime import logs
 from distillation.runtime.device import Process
-from distillation.runtime.logs import FpsMeter, Progress, RunLog, clock, text_line
+from distillation.runtime.logs import FpsMeter, Progress, RunLog, clock, roll_back, text_line
 from transformer.errors import UserError
 
 CPU = Process(torch.device("cpu"))
@@ -19,16 +19,22 @@ CPU = Process(torch.device("cpu"))
 
 @pytest.fixture
 def time(monkeypatch) -> SimpleNamespace:
-    """A clock that stands still until a test moves `now`."""
+    """A clock that a test sets by `now`."""
     fake = SimpleNamespace(now=1000.0)
     fake.perf_counter = fake.monotonic = fake.time = lambda: fake.now
     monkeypatch.setattr(logs, "time", fake)
     return fake
 
 
+def started(steps: int) -> FpsMeter:
+    meter = FpsMeter(CPU)
+    meter.start(steps)
+    return meter
+
+
 def test_fps_is_the_examples_of_training_by_wall_time(time):
     """Trap 16: examples that were trained, whatever the batch size of evaluation is."""
-    meter = FpsMeter(CPU, total_steps=4)
+    meter = started(4)
     assert meter.fps() == 0.0
     for examples in (32, 32, 8):
         time.now += 2.0
@@ -36,9 +42,9 @@ def test_fps_is_the_examples_of_training_by_wall_time(time):
     assert meter.fps() == pytest.approx(72 / 6)
 
 
-def test_evaluation_and_saving_are_no_training_and_reported_beside_it(time):
+def test_evaluation_and_saving_do_not_count_as_training(time):
     """Trap 16."""
-    meter = FpsMeter(CPU, total_steps=4)
+    meter = started(4)
     for _ in range(4):
         time.now += 2.0
         meter.count(10)
@@ -51,18 +57,18 @@ def test_evaluation_and_saving_are_no_training_and_reported_beside_it(time):
 
 
 @pytest.mark.parametrize(("total", "left_out"), [(4, 0), (9, 0), (10, 1), (55, 5), (100, 10), (100_000, 10)])
-def test_the_first_steps_are_left_out(time, total, left_out):
+def test_the_first_steps_do_not_count(time, total, left_out):
     """Trap 16: they warm caches; a tenth of a short run at most, ten steps of a long one."""
-    meter = FpsMeter(CPU, total)
+    meter = started(total)
     for step in range(min(total, 40)):
         time.now += 100.0 if step < left_out else 1.0
         meter.count(5)
         assert meter.fps() == (0.0 if step < left_out else pytest.approx(5.0))
 
 
-def test_a_pause_among_the_first_steps_is_in_neither(time):
+def test_a_pause_among_the_first_steps_counts_as_a_pause_only(time):
     """Evaluations before, at and after the last of the steps that are left out."""
-    meter = FpsMeter(CPU, total_steps=30)
+    meter = started(30)
     for _ in range(8):
         time.now += 1.0
         meter.count(6)
@@ -72,8 +78,8 @@ def test_a_pause_among_the_first_steps_is_in_neither(time):
     assert meter.paused == {"evaluation": 160.0}
 
 
-def test_an_error_in_a_pause_comes_through(time):
-    meter = FpsMeter(CPU, total_steps=4)
+def test_an_error_in_a_pause_is_raised_and_its_time_counted(time):
+    meter = started(4)
 
     def fail() -> None:
         with meter.pause("saving"):
@@ -118,7 +124,7 @@ def test_files_are_appended_to(tmp_path):
     assert [line.split(" ", 2)[2] for line in messages] == ["run 0", "run 1"]
 
 
-def test_lines_are_there_at_once_and_not_only_at_the_end(tmp_path):
+def test_lines_are_written_at_once(tmp_path):
     with own_logging(), RunLog(tmp_path, "run", CPU) as log:
         log.line(0, 0, 1.0)
         log.record("train")
@@ -140,7 +146,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
         RunLog(tmp_path / "file", "run", CPU)
 
 
-def test_progress_is_a_line_every_ten_seconds_where_there_is_no_terminal(time, caplog, monkeypatch):
+def test_progress_is_a_line_every_ten_seconds_without_a_terminal(time, caplog, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
     with caplog.at_level(logging.INFO):
         progress = Progress("fine-tuning", total=300)
@@ -154,7 +160,7 @@ def test_progress_is_a_line_every_ten_seconds_where_there_is_no_terminal(time, c
     ]
 
 
-def test_processes_beside_the_main_one_show_no_progress(time, caplog, monkeypatch):
+def test_only_the_main_process_shows_progress(time, caplog, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
     with caplog.at_level(logging.INFO):
         progress = Progress("fine-tuning", total=3, enabled=False)
@@ -162,6 +168,52 @@ def test_processes_beside_the_main_one_show_no_progress(time, caplog, monkeypatc
         progress.advance()
         progress.close()
     assert caplog.records == []
+
+
+def write_logs(folder, name: str, run_id: str, *steps: int) -> None:
+    with own_logging(), RunLog(folder, name, CPU, run_id) as log:
+        for step in steps:
+            log.line(0, step, 1.0)
+            log.record("train", step=step)
+
+
+def steps_in(folder) -> list[tuple[str, int]]:
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [(entry["id"], entry["step"]) for entry in map(json.loads, lines)]
+
+
+def sizes_of(folder, *names: str) -> dict:
+    return {folder / name: (folder / name).stat().st_size for name in names}
+
+
+def test_roll_back_removes_a_runs_newer_lines_and_keeps_those_of_other_runs(tmp_path):
+    write_logs(tmp_path, "run", "mine", 0)
+    sizes = sizes_of(tmp_path, "run.txt", "metrics.jsonl")
+    text = (tmp_path / "run.txt").read_text(encoding="utf-8")
+    write_logs(tmp_path, "run", "mine", 1)
+    write_logs(tmp_path, "other", "another", 7)
+    write_logs(tmp_path, "run", "mine", 2)
+    with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"time": 1, "run": "ru')  # cut off by a kill
+    assert roll_back(sizes, "mine") == []
+    assert steps_in(tmp_path) == [("mine", 0), ("another", 7)]
+    assert (tmp_path / "run.txt").read_text(encoding="utf-8") == text
+
+
+def test_roll_back_leaves_an_fps_log_that_another_run_of_the_same_name_wrote(tmp_path):
+    write_logs(tmp_path, "run", "mine", 0)
+    sizes = sizes_of(tmp_path, "run.txt", "metrics.jsonl")
+    write_logs(tmp_path, "run", "another", 1)
+    text = (tmp_path / "run.txt").read_text(encoding="utf-8")
+    assert roll_back(sizes, "mine") == [tmp_path / "run.txt"]
+    assert (tmp_path / "run.txt").read_text(encoding="utf-8") == text
+    assert steps_in(tmp_path) == [("mine", 0), ("another", 1)]
+
+
+def test_roll_back_leaves_files_that_are_gone_or_shorter(tmp_path):
+    (tmp_path / "shorter.txt").write_text("a line\n", encoding="utf-8")
+    assert roll_back({tmp_path / "shorter.txt": 100, tmp_path / "gone.txt": 5}, "mine") == []
+    assert (tmp_path / "shorter.txt").read_text(encoding="utf-8") == "a line\n"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""How commands end by signals, kills and dead peers: with one line, together, and so that they can go on."""
+"""Commands end by signals, kills and dead peers with one line, all processes together, and can be resumed."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from cases import ROOT, Workplace
 from stopped_runs import dropout_place
 from test_processes import alive, children_in_training, free_port
 
+from distillation.checkpoints.folder_state import read_checkpoint
+
 ENDLESS = {"train_batch_size": 5, "num_train_epochs": 100_000, "eval_step": 10**6, "padding": "longest"}
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
 
@@ -27,7 +29,7 @@ def place(tmp_path: Path) -> Workplace:
 
 
 def start(arguments: list[str], cwd: Path) -> subprocess.Popen[str]:
-    """A command as the leader of a group of processes, as a terminal starts it."""
+    """Start a command as the leader of a process group, as a terminal does."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [sys.executable, *arguments],
@@ -47,6 +49,11 @@ def wait_until(true: Callable[[], object]) -> None:
         time.sleep(0.02)
 
 
+def has_saved(place: Workplace) -> bool:
+    path = place.model / "training_state.bin"
+    return path.exists() and read_checkpoint(path)["trainer"] is not None
+
+
 def trains(place: Workplace) -> bool:
     log = place.output / "metrics.jsonl"
     return log.exists() and '"event": "train"' in log.read_text(encoding="utf-8")
@@ -54,20 +61,18 @@ def trains(place: Workplace) -> bool:
 
 @pytest.mark.slow
 def test_spawned_processes_stop_together(place: Workplace) -> None:
-    """A Ctrl-C reaches all of them; they end after one and the same step, with their state, and leave nobody."""
+    """A Ctrl-C reaches all of them; they end after the same step, with a checkpoint."""
     run = start([str(ROOT / "main.py"), *place.flags(**ENDLESS, device_list="0,1")], place.folder)
     children = children_in_training(run.pid, place, 2)
     os.killpg(run.pid, signal.SIGINT)
-    told, errors = run.communicate(timeout=60)
+    output, errors = run.communicate(timeout=60)
     assert run.returncode == 128 + signal.SIGINT
-    assert told.count("stopping after this step; once more ends at once\n") == 1
+    assert output.count("stopping after this step") == 1
     (line,) = errors.splitlines()
     assert line.startswith("main.py: stopped by SIGINT after step ")
-    assert line.endswith(" of 200000; the same command with --resume goes on from there")
+    assert "--resume" in line
     assert not any(alive(pid) for pid in children)
-    assert {path.name for path in place.model.glob("training_state*")} == {
-        f"training_state.{ending}" for ending in ("bin", "json", "log")
-    }
+    assert has_saved(place)
     last = json.loads((place.output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     assert f"after step {last['step']} of" in line
 
@@ -75,10 +80,10 @@ def test_spawned_processes_stop_together(place: Workplace) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", ["all", "one worker"])
 def test_processes_of_torchrun_stop_together(place: Workplace, victim: str) -> None:
-    """torchrun passes on what it is sent; the death of one of its processes is told by the other."""
+    """torchrun passes signals on; when one of its processes is killed the other one reports it."""
     port = ["--master_port", str(free_port())]
     run = start([*TORCHRUN, *port, str(ROOT / "main.py"), *place.flags(**ENDLESS, save_steps=1)], place.folder)
-    wait_until(lambda: (place.model / "training_state.bin").exists())
+    wait_until(lambda: has_saved(place))
     workers = [int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
     assert len(workers) == 2
     if victim == "all":
@@ -92,7 +97,8 @@ def test_processes_of_torchrun_stop_together(place: Workplace, victim: str) -> N
         (line,) = ours
         assert line.startswith("main.py: stopped by SIGTERM after step ")
     else:
-        assert ours == ["main.py: process 0 ends, for another one of the run has; what was saved stays"]
+        (line,) = ours
+        assert line.startswith("main.py: process 0 ended because another process of the run did")
     # torchrun shows a traceback of its own, whose files lie in site-packages, which may be inside this folder.
     frames = re.findall(r'File "(.*?)"', errors)
     assert not [frame for frame in frames if frame.startswith(f"{ROOT}/") and "site-packages" not in frame]
@@ -102,8 +108,8 @@ def test_processes_of_torchrun_stop_together(place: Workplace, victim: str) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "seconds"), [(signal.SIGINT, 0.5), (signal.SIGTERM, 2.0)])
-def test_a_command_that_still_starts_ends_with_a_line(place: Workplace, number: int, seconds: float) -> None:
-    """While it imports, reads or asks its teacher: no traceback, nothing half-written."""
+def test_a_signal_during_the_start_ends_a_command_with_one_line(place: Workplace, number: int, seconds: float) -> None:
+    """While it imports, reads or runs its teacher: no traceback."""
     run = start([str(ROOT / "main.py"), *place.flags(**ENDLESS)], place.folder)
     time.sleep(seconds)
     run.send_signal(number)
@@ -113,8 +119,8 @@ def test_a_command_that_still_starts_ends_with_a_line(place: Workplace, number: 
     assert errors.count("\n") == 1
 
 
-def test_a_second_signal_ends_at_once(place: Workplace) -> None:
-    """Even where the first one's saving hangs."""
+def test_a_second_signal_ends_a_run_at_once(place: Workplace) -> None:
+    """Even while saving after the first one hangs."""
     (place.folder / "sitecustomize.py").write_text(
         "import os, pathlib, time\n"
         "fsync = os.fsync\n"

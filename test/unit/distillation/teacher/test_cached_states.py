@@ -1,4 +1,4 @@
-"""--cache_teacher_states: same training result, and the teacher runs once for all runs."""
+"""--cache_teacher_states: training is the same, and the teacher runs once for all runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import resource
 import signal
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,17 @@ from torch import Tensor, distributed
 
 import main
 from data_processing.batching import Collator
+from data_processing.cache import Cache
 from data_processing.features import Features
+from distillation.evaluation import Predictor
 from distillation.options import parse_options
-from distillation.runs import train
+from distillation.runs.train import train
 from distillation.runtime.device import Process
-from distillation.runtime.precision import Precision
+from distillation.runtime.full_precision import Precision
 from distillation.teacher import cached_states
-from distillation.teacher.teacher import Teacher, keep_states
+from distillation.teacher.cached_states import load_or_compute_states
+from distillation.teacher.query import TeacherQuery
+from distillation.teacher.teacher import Teacher
 from transformer.heads import TinyBertForSequenceClassification
 
 SHORT = {
@@ -39,8 +42,8 @@ SHORT = {
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many examples each question to the teacher's states was about."""
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of examples of each batch that the teacher computed states of."""
     seen: list[int] = []
     forward = TinyBertForSequenceClassification.forward
 
@@ -63,13 +66,18 @@ def weights_of_run(place: Workplace, name: str, **changes: Any) -> dict[str, Ten
     return read_bin(place.folder / name)
 
 
-def words(place: Workplace) -> str:
+def log_of(place: Workplace) -> str:
     return (place.output / "debug_layer_loss.log").read_text(encoding="utf-8")
 
 
-def kept(place: Workplace) -> list[Path]:
-    """The folders of states in the cache, those that were only begun too."""
+def entries(place: Workplace) -> list[Path]:
+    """The cache's folders of states, unfinished ones included."""
     return sorted((place.folder / "cache/teacher_states").glob("*"))
+
+
+def assert_warned_once(place: Workplace, reason: str) -> None:
+    (line,) = [line for line in log_of(place).splitlines() if "--cache_teacher_states: " in line]
+    assert reason in line
 
 
 def assert_close_weights(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -95,24 +103,22 @@ def assert_close_weights(actual: dict[str, Tensor], expected: dict[str, Tensor])
     ],
     ids=str,
 )
-def test_a_student_learns_the_same_from_states_that_are_kept(
-    sst2: Workplace, asked: list[int], changes: dict[str, Any]
-) -> None:
-    always = weights_of_run(sst2, "always", **changes, cache_teacher_states=False)
+def test_cached_states_train_the_same_student(sst2: Workplace, batches: list[int], changes: dict[str, Any]) -> None:
+    live = weights_of_run(sst2, "live", **changes, cache_teacher_states=False)
     steps = 2 * 3 * changes.get("gradient_accumulation_steps", 1)
-    assert len(asked) == steps
-    asked.clear()
-    once = weights_of_run(sst2, "once", **changes)
-    assert asked == [1, 3, 3, 2]  # the first tells the types
-    assert_close_weights(once, always)
-    asked.clear()
-    assert_same_weights(weights_of_run(sst2, "again", **changes), once)
-    assert asked == []
+    assert len(batches) == steps
+    batches.clear()
+    cached = weights_of_run(sst2, "once", **changes)
+    assert batches == [1, 3, 3, 2]  # the first one shows the types
+    assert_close_weights(cached, live)
+    batches.clear()
+    assert_same_weights(weights_of_run(sst2, "again", **changes), cached)
+    assert batches == []
 
 
-def test_pairs_too(mnli: Workplace) -> None:
-    always = weights_of_run(mnli, "always", cache_teacher_states=False, group_by_length=True)
-    assert_close_weights(weights_of_run(mnli, "once", group_by_length=True), always)
+def test_cached_states_of_pairs_train_the_same_student(mnli: Workplace) -> None:
+    live = weights_of_run(mnli, "live", cache_teacher_states=False, group_by_length=True)
+    assert_close_weights(weights_of_run(mnli, "once", group_by_length=True), live)
 
 
 @pytest.mark.parametrize(
@@ -124,20 +130,22 @@ def test_pairs_too(mnli: Workplace) -> None:
     ],
     ids=str,
 )
-def test_another_run_on_the_same_data_finds_them(sst2: Workplace, asked: list[int], changes: dict[str, Any]) -> None:
+def test_another_run_on_the_same_data_reads_them_from_the_cache(
+    sst2: Workplace, batches: list[int], changes: dict[str, Any]
+) -> None:
     weights_of_run(sst2, "first")
-    asked.clear()
+    batches.clear()
     found = weights_of_run(sst2, "second", **changes)
-    assert asked == []
-    assert "the teacher's states of 8 examples are kept from an earlier run" in words(sst2)
-    assert_close_weights(found, weights_of_run(sst2, "always", **changes, cache_teacher_states=False))
+    assert batches == []
+    assert "the teacher's states of 8 examples were cached by an earlier run" in log_of(sst2)
+    assert_close_weights(found, weights_of_run(sst2, "live", **changes, cache_teacher_states=False))
 
 
-def test_layers_in_another_order_are_the_same_layers(sst2: Workplace, asked: list[int]) -> None:
+def test_layers_in_another_order_have_the_same_cache_entry(sst2: Workplace, batches: list[int]) -> None:
     weights_of_run(sst2, "first", layer_map="1,3,6")
-    asked.clear()
+    batches.clear()
     weights_of_run(sst2, "second", layer_map="6,1,3")
-    assert asked == []
+    assert batches == []
 
 
 @pytest.mark.parametrize(
@@ -154,17 +162,17 @@ def test_layers_in_another_order_are_the_same_layers(sst2: Workplace, asked: lis
     ],
     ids=["weights", "text", "length", "layers", "no scores", "no embedding", "precision", "batch"],
 )
-def test_another_question_is_asked_anew(sst2: Workplace, change: Any) -> None:
+def test_other_states_have_another_cache_entry(sst2: Workplace, change: Any) -> None:
     weights_of_run(sst2, "first")
     changed = change(sst2)
     weights_of_run(sst2, "second", **(changed if isinstance(changed, dict) else {}))
-    assert words(sst2).count("the teacher was asked about") == 2
-    assert len(kept(sst2)) == 2
+    assert log_of(sst2).count("computing the teacher's states of") == 2
+    assert len(entries(sst2)) == 2
 
 
-def test_what_is_kept_is_told_before_and_after(sst2: Workplace) -> None:
+def test_the_size_of_the_states_is_logged_before_they_are_computed(sst2: Workplace) -> None:
     weights_of_run(sst2, "model")
-    (entry,) = kept(sst2)
+    (entry,) = entries(sst2)
     arrays = {file.stem: np.load(file) for file in entry.iterdir()}
     lengths = Golden("sst2_small").figures["feat_input_mask"].sum(axis=1)
     # The embedding output and three layers of 48; three layers of four heads.
@@ -173,9 +181,11 @@ def test_what_is_kept_is_told_before_and_after(sst2: Workplace) -> None:
         "scores": (3 * 4 * (lengths**2).sum(),),
     }
     size = sum(array.nbytes for array in arrays.values()) / 1e9
-    line = f"the teacher is asked about 8 examples, once for all epochs; {size:.3g} GB of states and scores are kept in"
-    assert f"{line} {sst2.folder / 'cache'}" in words(sst2)
-    (event,) = sst2.events("teacher_asked_once")
+    log = log_of(sst2)
+    assert log.index(f"{size:.3g} GB are cached in {sst2.folder / 'cache'}") < log.index(
+        "computed the teacher's states"
+    )
+    (event,) = sst2.events("teacher_cache")
     assert event["examples"] == 8
     assert event["seconds"] > 0
 
@@ -183,53 +193,51 @@ def test_what_is_kept_is_told_before_and_after(sst2: Workplace) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"cache_limit": 0}, "nothing is kept, for --cache_limit is 0"),
-        ({"cache_limit": 1e-5}, "the states of 8 examples are 0.000148 GB, --cache_limit allows 1e-05"),
+        ({"cache_limit": 0}, "--cache_limit is 0"),
+        ({"cache_limit": 1e-5}, "0.000148 GB, --cache_limit allows 1e-05"),
     ],
     ids=["no cache", "limit"],
 )
-def test_states_that_may_not_be_kept_are_asked_for_always(
-    sst2: Workplace, asked: list[int], changes: dict[str, Any], reason: str
+def test_states_that_may_not_be_cached_are_computed_in_every_step(
+    sst2: Workplace, batches: list[int], changes: dict[str, Any], reason: str
 ) -> None:
-    always = weights_of_run(sst2, "always", cache_teacher_states=False)
-    asked.clear()
-    assert_same_weights(weights_of_run(sst2, "once", **changes), always)
-    assert len([number for number in asked if number > 1]) == 6
-    assert words(sst2).count("--cache_teacher_states: ") == 1
-    assert f"--cache_teacher_states: {reason}" in words(sst2)
-    assert words(sst2).count("; the teacher is asked in every step instead\n") == 1
-    assert kept(sst2) == []
-    assert sst2.events("teacher_asked_once") == []
+    live = weights_of_run(sst2, "live", cache_teacher_states=False)
+    batches.clear()
+    assert_same_weights(weights_of_run(sst2, "once", **changes), live)
+    assert len([number for number in batches if number > 1]) == 6
+    assert_warned_once(sst2, reason)
+    assert entries(sst2) == []
+    assert sst2.events("teacher_cache") == []
 
 
-def test_a_folder_that_cannot_be_written_costs_a_line(sst2: Workplace) -> None:
-    always = weights_of_run(sst2, "always", cache_teacher_states=False)
+def test_a_cache_that_cannot_be_written_gives_one_warning(sst2: Workplace) -> None:
+    live = weights_of_run(sst2, "live", cache_teacher_states=False)
     file = sst2.folder / "cache/teacher_states"
     file.write_text("the user's")
-    assert_same_weights(weights_of_run(sst2, "once"), always)
-    assert f"--cache_teacher_states: {file}: File exists; the teacher is asked in every step" in words(sst2)
+    assert_same_weights(weights_of_run(sst2, "once"), live)
+    assert_warned_once(sst2, f"{file}: File exists")
     assert file.read_text() == "the user's"
 
 
 @pytest.mark.parametrize("size", ["128k", "64k"])
-def test_a_full_disk_costs_a_line(sst2: Workplace, asked: list[int], size: str) -> None:
-    """Of the two files, of 70 and 78 kB, the second does not fit, or neither."""
-    always = weights_of_run(sst2, "always", cache_teacher_states=False, cache_dir=sst2.folder / "another")
-    asked.clear()
+def test_a_full_disk_gives_one_warning(sst2: Workplace, batches: list[int], size: str) -> None:
+    """The files have 70 and 78 kB: either the second does not fit, or neither does."""
+    live = weights_of_run(sst2, "live", cache_teacher_states=False, cache_dir=sst2.folder / "another")
+    batches.clear()
     disk = sst2.folder / "cache"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
-        report_lack("the right to mount a small disk; the tests of errors while asking check what follows a full one")
+        report_lack("the right to mount a small disk; the test of errors checks what follows from a full one")
         return
     try:
-        assert_same_weights(weights_of_run(sst2, "once"), always)
-        assert kept(sst2) == []
+        assert_same_weights(weights_of_run(sst2, "once"), live)
+        assert entries(sst2) == []
     finally:
         subprocess.run(["umount", str(disk)], check=True)
-    assert asked[:3] == [1, 3, 3]  # no hours are lost: the room was reserved before asking
-    assert len(asked) == 1 + 6
-    assert f"--cache_teacher_states: {disk}: No space left on device; the teacher is asked in every step" in words(sst2)
+    assert batches[:3] == [1, 3, 3]  # the space is reserved first, so that no computed states are lost
+    assert len(batches) == 1 + 6
+    assert_warned_once(sst2, f"{disk}: No space left on device")
 
 
 @pytest.mark.parametrize(
@@ -240,28 +248,28 @@ def test_a_full_disk_costs_a_line(sst2: Workplace, asked: list[int], size: str) 
     ],
     ids=["disk", "device"],
 )
-def test_an_error_while_asking_costs_a_line(
+def test_an_error_while_caching_gives_one_warning(
     sst2: Workplace, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
 ) -> None:
     def fail(path: Path, place: int, values: np.ndarray) -> None:
         raise error
 
-    always = weights_of_run(sst2, "always", cache_teacher_states=False)
+    live = weights_of_run(sst2, "live", cache_teacher_states=False)
     monkeypatch.setattr(cached_states, "write_values", fail)
-    assert_same_weights(weights_of_run(sst2, "once"), always)
-    assert f"--cache_teacher_states: {reason}; the teacher is asked in every step instead" in words(sst2)
-    assert kept(sst2) == []
+    assert_same_weights(weights_of_run(sst2, "once"), live)
+    assert_warned_once(sst2, reason)
+    assert entries(sst2) == []
 
 
-def test_an_interrupted_run_leaves_nothing(sst2: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_leaves_no_cache_entry(sst2: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(path: Path, place: int, values: np.ndarray) -> None:
-        assert len(kept(sst2)) == 1
+        assert len(entries(sst2)) == 1
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cached_states, "write_values", interrupt)
     with pytest.raises(KeyboardInterrupt):
         sst2.run(**flags(sst2, "model"))
-    assert kept(sst2) == []
+    assert entries(sst2) == []
 
 
 KILLED = """
@@ -283,47 +291,38 @@ main.main(sys.argv[1:])
 """
 
 
-def test_a_killed_run_leaves_nothing_that_another_would_use(sst2: Workplace) -> None:
-    always = weights_of_run(sst2, "always", cache_teacher_states=False)
+def test_a_killed_run_leaves_no_entry_that_another_would_use(sst2: Workplace) -> None:
+    live = weights_of_run(sst2, "live", cache_teacher_states=False)
     done = command("-c", KILLED, *sst2.flags(**flags(sst2, "killed")), cwd=sst2.folder)
     assert done.status == -signal.SIGKILL
-    (begun,) = kept(sst2)
+    (begun,) = entries(sst2)
     assert begun.name.startswith("making-")
-    assert_close_weights(weights_of_run(sst2, "once"), always)
-    (entry,) = kept(sst2)
-    assert len(entry.name) == 32  # and what was begun is gone
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Have this process compute in one thread, as those of `run_in_processes`: a sum's order follows from them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    assert_close_weights(weights_of_run(sst2, "once"), live)
+    (entry,) = entries(sst2)
+    assert len(entry.name) == 32  # and the unfinished one is gone
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_two_processes_keep_and_find_what_one_does(sst2: Workplace, asked: list[int]) -> None:
+def test_two_processes_write_and_read_the_entry_of_one(sst2: Workplace, batches: list[int]) -> None:
     one = weights_of_run(sst2, "one")
-    (entry,) = kept(sst2)
+    (entry,) = entries(sst2)
     expected = {file.name: file.read_bytes() for file in entry.iterdir()}
     elsewhere = sst2.folder / "elsewhere"
     runs = [
-        flags(sst2, "asked", cache_dir=elsewhere, train_batch_size=4),
+        flags(sst2, "computed", cache_dir=elsewhere, train_batch_size=4),
         flags(sst2, "found", train_batch_size=4),
         flags(sst2, "refused", train_batch_size=4, cache_limit=1e-5),
     ]
-    told = [{"flags": sst2.flags(**run), "gradients": str(sst2.folder / "gradients")} for run in runs]
-    run_in_processes(told, sst2.folder, 2)
+    settings = [{"flags": sst2.flags(**run), "gradients": str(sst2.folder / "gradients")} for run in runs]
+    run_in_processes(settings, sst2.folder, 2)
     alone = weights_of_run(sst2, "alone", train_batch_size=4)
-    for name in ("asked", "found", "refused"):
+    for name in ("computed", "found", "refused"):
         assert_close_weights(read_bin(sst2.folder / name), alone)
     (entry,) = (elsewhere / "teacher_states").iterdir()
     assert {file.name: file.read_bytes() for file in entry.iterdir()} == expected
-    asked.clear()
+    batches.clear()
     assert_same_weights(weights_of_run(sst2, "by one", cache_dir=elsewhere), one)
-    assert asked == []
+    assert batches == []
 
 
 def process_with_less_room(rank: int, store: str, arguments: list[str]) -> None:
@@ -332,14 +331,14 @@ def process_with_less_room(rank: int, store: str, arguments: list[str]) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     if rank:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
-    train.run(parse_options(arguments, main.ENTRY), Process(torch.device("cpu"), rank, 2))
+    train(parse_options(arguments, main.ENTRY), Process(torch.device("cpu"), rank, 2))
     distributed.barrier()
     os._exit(0)
 
 
-def test_where_one_process_fails_all_go_on_without(sst2: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_if_one_process_cannot_write_all_train_without(sst2: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    always = weights_of_run(sst2, "always", cache_teacher_states=False)
+    live = weights_of_run(sst2, "live", cache_teacher_states=False)
     arguments = sst2.flags(**flags(sst2, "once"))
     context = multiprocessing.get_context("spawn")
     given = str(sst2.folder / "store"), arguments
@@ -349,8 +348,8 @@ def test_where_one_process_fails_all_go_on_without(sst2: Workplace, monkeypatch:
     for process in processes:
         process.join(120)
         assert process.exitcode == 0
-    assert_close_weights(read_bin(sst2.folder / "once"), always)
-    assert kept(sst2) == []
+    assert_close_weights(read_bin(sst2.folder / "once"), live)
+    assert entries(sst2) == []
 
 
 def test_padding_to_the_maximum_is_refused(sst2: Workplace) -> None:
@@ -360,17 +359,17 @@ def test_padding_to_the_maximum_is_refused(sst2: Workplace) -> None:
 
 
 @pytest.mark.parametrize("stage", [{"pred_distill": True}, {"do_finetune": True, "student_model": None}], ids=str)
-def test_in_other_stages_the_flag_has_no_effect(sst2: Workplace, stage: dict[str, Any]) -> None:
+def test_the_flag_has_no_effect_in_other_stages(sst2: Workplace, stage: dict[str, Any]) -> None:
     without = weights_of_run(sst2, "without", **stage, cache_teacher_states=False)
     for padding in ("longest", "max_length"):
         weights = weights_of_run(sst2, padding, **stage, padding=padding)
         if padding == "longest":
             assert_same_weights(weights, without)
-    assert kept(sst2) == []
+    assert entries(sst2) == []
 
 
-def test_scores_are_those_of_the_real_pairs(sst2: Workplace) -> None:
-    """Each row of a batch, of examples in any order, is what the teacher says of that example alone."""
+def test_cached_states_are_those_of_each_example_alone(sst2: Workplace) -> None:
+    """Whatever the order of the batch; padding is 0."""
     teacher = TinyBertForSequenceClassification.from_pretrained(sst2.teacher).eval()
     golden, options = Golden("sst2_small"), parse_options(sst2.flags(**flags(sst2, "model")), main.ENTRY)
     ids, segments, mask = (tensor.numpy() for tensor in golden.inputs())
@@ -378,29 +377,30 @@ def test_scores_are_those_of_the_real_pairs(sst2: Workplace) -> None:
     ends = np.concatenate([[0], np.cumsum(lengths)])
     firsts = (mask * (1 - segments)).sum(axis=1)
     features = Features(ids[mask == 1].astype(np.int32), ends, firsts, np.zeros(len(ids), dtype=np.int64))
-    padding, process, layers = Collator(False, golden.case["max_seq_length"]), Process(torch.device("cpu")), (0, 2, 6)
-    found = keep_states(teacher, "w", features, padding, (layers, (6, 2)), options, process, Precision())
-    asking = Teacher(teacher, kept=found)
+    collator, layers = Collator(False, golden.case["max_seq_length"]), (0, 2, 6)
+    predictor = Predictor(collator, options.eval_batch_size, Process(torch.device("cpu")), Precision())
+    query = TeacherQuery(teacher, "weights", features, predictor, Cache(sst2.folder / "states", 10**9))
+    cached = Teacher(teacher, cached_states=load_or_compute_states(query, (layers, (6, 2))))
     examples = np.array([5, 0, 7, 3])
-    said = asking.states(asking.fetch(padding.collate(features, examples)), layers, (6, 2))
+    output = cached.states(cached.add_cached_states(collator.collate(features, examples)), layers, (6, 2))
     for row, example in enumerate(examples):
-        alone = Teacher(teacher).states(padding.collate(features, examples[row : row + 1]), layers, (6, 2))
+        alone = Teacher(teacher).states(collator.collate(features, examples[row : row + 1]), layers, (6, 2))
         n = lengths[example]
-        for ours, theirs in zip(said.hidden_states, alone.hidden_states, strict=True):
+        for ours, theirs in zip(output.hidden_states, alone.hidden_states, strict=True):
             torch.testing.assert_close(ours[row, :n], theirs[0])
             assert not ours[row, n:].any()
-        for ours, theirs in zip(said.attention_scores, alone.attention_scores, strict=True):
+        for ours, theirs in zip(output.attention_scores, alone.attention_scores, strict=True):
             torch.testing.assert_close(ours[row, :, :n, :n], theirs[0])
             assert not ours[row, :, n:].any()
             assert not ours[row, :, :, n:].any()
 
 
-def test_a_file_of_another_size_is_asked_for_anew(sst2: Workplace, asked: list[int]) -> None:
+def test_a_file_of_another_size_is_computed_again(sst2: Workplace, batches: list[int]) -> None:
     weights_of_run(sst2, "first")
-    (entry,) = kept(sst2)
+    (entry,) = entries(sst2)
     expected = (entry / "scores.npy").read_bytes()
     np.save(entry / "scores.npy", np.zeros(5, dtype=np.float32))
-    asked.clear()
+    batches.clear()
     weights_of_run(sst2, "second")
-    assert asked
+    assert batches
     assert (entry / "scores.npy").read_bytes() == expected

@@ -1,10 +1,11 @@
-"""The teacher that is asked once: what it says is the same, whoever asks, and it is not asked again."""
+"""Cached logits of the teacher: the student trains the same, and later runs read them from the cache."""
 
 import pytest
 import torch
 from cases import Workplace, assert_same_weights, edit_weights, read_bin
 
-from distillation.teacher.teacher import Teacher, weights_digest
+from distillation.teacher.query import weights_digest
+from distillation.teacher.teacher import Teacher
 from transformer.configuration import BertConfig
 from transformer.heads import TinyBertForSequenceClassification
 
@@ -12,13 +13,13 @@ PREDICTION = {"pred_distill": True, "num_train_epochs": 3, "learning_rate": 1e-3
 
 
 @pytest.fixture
-def asked(monkeypatch) -> list[bool]:
-    """For each time that a training step asks for logits, whether they were remembered."""
+def calls(monkeypatch) -> list[bool]:
+    """For each call of `Teacher.logits`, whether the logits were cached."""
     seen: list[bool] = []
     logits = Teacher.logits
 
     def noted(self, batch):
-        seen.append(self.remembered is not None)
+        seen.append(self.cached_logits is not None)
         return logits(self, batch)
 
     monkeypatch.setattr(Teacher, "logits", noted)
@@ -27,7 +28,7 @@ def asked(monkeypatch) -> list[bool]:
 
 @pytest.fixture
 def sst2(sst2: Workplace) -> Workplace:
-    """The golden case with a dev file of its own: what is said of equal files is remembered as one."""
+    """The golden case with a dev file that differs from the training file: equal files have one cache entry."""
     dev = sst2.data / "dev.tsv"
     dev.write_text("".join(dev.read_text(encoding="utf-8").splitlines(keepends=True)[:-1]), encoding="utf-8")
     return sst2
@@ -38,36 +39,35 @@ def weights_of_run(place: Workplace, name: str, **changes) -> dict[str, torch.Te
     return read_bin(place.folder / name)
 
 
+def count_in_log(place: Workplace, text: str) -> int:
+    return (place.output / "debug_layer_loss.log").read_text(encoding="utf-8").count(text)
+
+
 @pytest.mark.parametrize("padding", ["longest", "max_length"])
-def test_a_student_learns_the_same_from_a_teacher_that_is_asked_once(golden, tmp_path, asked, padding):
+def test_cached_logits_train_the_same_student(golden, tmp_path, calls, padding):
     place = golden.workplace(tmp_path)
-    always = weights_of_run(place, "always", padding=padding, no_teacher_cache=True)
-    assert not any(asked)
-    once = weights_of_run(place, "once", padding=padding)
-    assert len(asked) == 2 * asked.count(True) > 0
-    for key, expected in always.items():
-        torch.testing.assert_close(once[key], expected, atol=2e-6, rtol=0)
+    live = weights_of_run(place, "live", padding=padding, no_teacher_cache=True)
+    assert not any(calls)
+    cached = weights_of_run(place, "cached", padding=padding)
+    assert len(calls) == 2 * calls.count(True) > 0
+    for key, expected in live.items():
+        torch.testing.assert_close(cached[key], expected, atol=2e-6, rtol=0)
 
 
-def test_the_next_run_finds_the_answers_and_learns_the_same_to_the_bit(sst2):
+def test_the_next_run_reads_the_logits_from_the_cache_and_trains_the_same_weights(sst2):
     first, second = (weights_of_run(sst2, name) for name in ("first", "second"))
     assert_same_weights(first, second)
-    sst2.run(**PREDICTION, cache_dir=sst2.folder / "cache")
-    words = (sst2.output / "debug_layer_loss.log").read_text(encoding="utf-8")
-    assert words.count("the teacher was asked about 8 examples") == 1
-    assert words.count("are remembered from an earlier run") == 2
+    assert count_in_log(sst2, "computed the teacher's logits of 8 examples") == 1
+    assert count_in_log(sst2, "cached by an earlier run") == 1
 
 
-def test_what_the_teacher_reaches_on_dev_is_asked_once_and_told_by_every_run(sst2):
+def test_the_teachers_result_on_dev_is_computed_once_and_logged_by_every_run(sst2):
     for number in range(2):
         sst2.run(cache_dir=sst2.folder / "cache", output_dir=sst2.folder / str(number))
-    told = sst2.events("teacher")
-    assert len(told) == 2
-    assert told[0]["acc"] == told[1]["acc"]
-    assert told[0]["eval_loss"] == told[1]["eval_loss"]
-    words = (sst2.output / "debug_layer_loss.log").read_text(encoding="utf-8")
-    assert words.count("the teacher's own dev.tsv: acc") == 2
-    assert words.count("(7 examples, remembered)") == 1
+    first, second = sst2.events("teacher")
+    assert (first["acc"], first["eval_loss"]) == (second["acc"], second["eval_loss"])
+    assert count_in_log(sst2, "the teacher's own dev.tsv: acc") == 2
+    assert count_in_log(sst2, "(7 examples, cached)") == 1
 
 
 @pytest.mark.parametrize(
@@ -81,37 +81,36 @@ def test_what_the_teacher_reaches_on_dev_is_asked_once_and_told_by_every_run(sst
     ],
     ids=["weights", "text", "head", "length", "batch"],
 )
-def test_another_teacher_or_other_text_is_asked_anew(sst2, change):
+def test_a_changed_teacher_or_text_is_computed_again(sst2, change):
     weights_of_run(sst2, "first")
     flags = change(sst2)
     weights_of_run(sst2, "second", **(flags if isinstance(flags, dict) else {}))
-    words = (sst2.output / "debug_layer_loss.log").read_text(encoding="utf-8")
-    assert words.count("the teacher was asked about") == 2
+    assert count_in_log(sst2, "computing the teacher's logits of") == 2
 
 
 @pytest.mark.parametrize(
     "changes",
     [{"num_train_epochs": 1}, {"num_train_epochs": 0.5}, {"no_teacher_cache": True}],
-    ids=["one epoch", "part of one", "always"],
+    ids=["one epoch", "part of one", "flag"],
 )
-def test_a_teacher_that_is_met_once_is_not_asked_beforehand(sst2, asked, changes):
+def test_logits_that_are_read_once_are_not_cached(sst2, calls, changes):
     weights_of_run(sst2, "model", **changes)
-    assert asked
-    assert not any(asked)
+    assert calls
+    assert not any(calls)
 
 
-def test_nothing_is_kept_where_that_is_asked_for(sst2):
+def test_cache_limit_0_writes_no_cache(sst2):
     weights_of_run(sst2, "model", cache_limit=0)
     assert not (sst2.folder / "cache").exists()
 
 
-def test_the_intermediate_stage_and_finetuning_ask_nobody_beforehand(sst2, asked):
+def test_the_intermediate_stage_and_finetuning_read_no_logits(sst2, calls):
     sst2.run(num_train_epochs=2)
     sst2.run(do_finetune=True, student_model=None, output_dir=sst2.folder / "teacher2", num_train_epochs=2)
-    assert asked == []
+    assert calls == []
 
 
-def test_a_digest_tells_weights_apart():
+def test_the_digest_of_weights_depends_on_every_value():
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
     one, same, other = (TinyBertForSequenceClassification(BertConfig(vocab_size=11, **sizes)) for _ in range(3))
     same.load_state_dict(one.state_dict())
