@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Sets up .venv with what the tests need, then runs linters, types and tests. Further arguments go to pytest:
+# Installs the tests' requirements into .venv, then runs the linter, the type checker and the tests. Arguments go to
+# pytest:
 #     bash test/run_tests.sh -k tokenization
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -18,7 +19,8 @@ step() {
 step "$python" -m ruff check .
 step "$python" -m ruff format --check .
 step "$python" -m mypy
+step .venv/bin/vermin --target=3.10- --violations --no-tips --eval-annotations --exclude long . # tensors have .long() too
 for script in test/*.sh .ci/run; do step bash -n "$script"; done
-# A process for each core, of one thread; what a file's tests share is made once.
+# One process per core; the tests of a file run in one process and share their fixtures.
 step "$python" -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile "$@"
 echo "run_tests.sh: everything passed in $SECONDS s"
