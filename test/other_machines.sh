@@ -15,7 +15,7 @@ chmod 755 "$work"
 flags=("$@")
 
 stages=( # a teacher, both distillation stages, evaluation, the demo; augmentation
-    $unit/scripts/test_scripts.py::test_the_1p_chain_goes_from_teacher_to_demo
+    $unit/scripts/test_scripts.py::test_the_1p_scripts_run_from_teacher_to_demo_and_each_writes_its_log
     $unit/distillation/runs/test_augmentation_command.py::test_it_runs_as_a_script_and_as_a_module
 )
 numbers=( # what depends on instructions and on the order of sums
@@ -94,7 +94,7 @@ for folder in folders:
     failed = int(suite.get("failures", 0)) + int(suite["errors"])
     passed = int(suite["tests"]) - failed - int(suite.get("skipped", 0))
     rows.append((name, passed, failed, seconds))
-    if failed:
+    if failed or passed <= 0:  # pytest runs nothing where it does not find one of the tests
         bad.append(folder)
 for folder in bad:
     print(f"== {(folder / 'name').read_text().strip()}\n{(folder / 'log').read_text()}")
