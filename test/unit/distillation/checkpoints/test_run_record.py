@@ -71,10 +71,8 @@ def test_addresses_lose_their_credentials(sst2: Workplace) -> None:
     assert len(command["sha256"]) == 3
 
 
-def test_the_revision_is_gits_or_none_without_a_history() -> None:
-    expected = [None]
-    if (ROOT / ".git").exists():
-        command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-        head = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        expected = [head, f"{head}-dirty"]
-    assert revision() in expected
+def test_the_revision_is_gits_or_none_where_git_gives_none() -> None:
+    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]  # git refuses the repository of another user
+    git = subprocess.run(command, capture_output=True, text=True, check=False)
+    head = git.stdout.strip()
+    assert revision() in ([head, f"{head}-dirty"] if git.returncode == 0 and (ROOT / ".git").exists() else [None])
