@@ -9,6 +9,8 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
+
 CALLS = ("open", "fsync", "replace", "unlink")
 
 
@@ -16,6 +18,7 @@ def killed_before(call: int, action: Callable[[], object]) -> bool:
     """Run an action in a process that is killed before the so-many-th of its `CALLS`; return whether it was."""
 
     def run() -> None:
+        torch.set_num_threads(1)  # a forked process has none of OpenMP's other threads, and would wait for them
         left = call
 
         def counted(function: Callable[..., object]) -> Callable[..., object]:

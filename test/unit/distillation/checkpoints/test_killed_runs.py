@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 from cases import ROOT, Workplace
 from disk_faults import no_file_beyond
 from stopped_runs import attempt, dropout_place, refused, signal_in_step
@@ -71,6 +72,7 @@ def test_a_folder_without_permission_is_named_and_unchanged(stopped: Workplace, 
             opened.chmod(bits)
 
         def resume() -> None:
+            torch.set_num_threads(1)  # a forked process has none of OpenMP's other threads
             if os.geteuid() == 0:
                 os.setuid(65534)
             sender.send(refused(place, **FLAGS, save_steps=1, resume=True, cache_limit=0))
