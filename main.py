@@ -22,7 +22,7 @@ from distillation.options import parse_options
 
 ENTRY = Entry(
     prog="main.py",
-    description=__doc__.splitlines()[0],
+    description=(__doc__ or "TinyBERT").splitlines()[0],
     tasks=("SST-2", "MNLI"),
     tasks_with_defaults=("SST-2",),
     fps_acc_dir=None,

@@ -23,7 +23,7 @@ from distillation.options import parse_options
 
 ENTRY = Entry(
     prog="task_distill.py",
-    description=__doc__.splitlines()[0],
+    description=(__doc__ or "TinyBERT").splitlines()[0],
     tasks=None,
     tasks_with_defaults=None,
     fps_acc_dir=Path("output"),

@@ -46,7 +46,7 @@ def build_parser(prog: str, description: str | None, runs: bool = True) -> OneLi
     Args:
         runs: whether the benchmark trains or predicts, and takes --device and --size.
     """
-    parser = OneLineParser(prog=prog, description=(description or "").splitlines()[0], allow_abbrev=False)
+    parser = OneLineParser(prog=prog, description=(description or prog).splitlines()[0], allow_abbrev=False)
     parser.add_argument("--data_dir", type=path, required=True, help="SST-2's folder, with train.tsv and dev.tsv")
     parser.add_argument("--vocabulary", type=path, required=True, help="a folder with an uncased vocab.txt")
     if runs:

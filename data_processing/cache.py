@@ -2,8 +2,8 @@
 
 An entry is a folder of .npy files, named by a digest of everything they depend on: if anything changes, so does the
 name, and an entry is never outdated. Entries appear whole or not at all and are read through memory maps, one copy for
-all processes of a machine. The least recently used are removed when the folder would exceed its limit. The cache is
-optional: where it fails, a run computes the values again.
+all processes of a machine. Checksums in them show damage. The least recently used are removed when the folder would
+exceed its limit. The cache is optional: where it fails, a run computes the values again.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import re
 import shutil
 import tempfile
 import time
+import zlib
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,11 +27,12 @@ from typing import Any
 
 import numpy as np
 
-from data_processing.files import try_lock
+from data_processing.files import lock
 
 logger = logging.getLogger(__name__)
 
 KINDS = ("features", "teacher_logits", "teacher_states")  # of entries: the subfolders of the cache
+CHECKSUMS = "checksums"  # the array of an entry that has those of the others
 _PENDING = "making-"  # begins the name of an entry that is being written
 _ENTRY_NAME = re.compile(f"[0-9a-f]{{32}}|{_PENDING}.*")
 _SECONDS_UNTIL_STALE = 24 * 3600.0
@@ -58,6 +60,11 @@ def digest(**parts: Any) -> str:
     return hashlib.sha256(values.encode()).hexdigest()[:32]
 
 
+def checksum(array: np.ndarray) -> int:
+    """Return a CRC-32 of an array's type, shape and values."""
+    return zlib.crc32(_bytes_of(array), zlib.crc32(f"{array.dtype.str}{array.shape}".encode()))
+
+
 @dataclass(frozen=True)
 class Cache:
     """The cache in a folder; without a folder it keeps nothing. limit: the most bytes of all entries."""
@@ -66,13 +73,35 @@ class Cache:
     limit: int
 
     def get(self, kind: str, key: str, names: Iterable[str]) -> dict[str, np.ndarray] | None:
-        """Return the arrays of an entry as read-only memory maps; None if it is missing or broken."""
+        """Return the arrays of an entry that `put` made as read-only memory maps; None if it is missing or damaged."""
+        arrays = self.open(kind, key, (*names, CHECKSUMS))
+        if arrays is None:
+            return None
+        expected = arrays.pop(CHECKSUMS).tolist()
+        if [checksum(array) for array in arrays.values()] != expected:
+            self.report_damage(kind, key)
+            return None
+        return arrays
+
+    def report_damage(self, kind: str, key: str) -> None:
+        """Warn of an entry whose values are not those that were saved."""
+        assert self.folder is not None
+        logger.warning("%s: this cached entry is damaged; its values are computed again", self.folder / kind / key)
+
+    def open(self, kind: str, key: str, names: Iterable[str]) -> dict[str, np.ndarray] | None:
+        """Return arrays of an entry as read-only memory maps, unchecked; None if one is missing or cannot be read."""
         if self.folder is None:
             return None
         entry = self.folder / kind / key
+        paths = {name: entry / f"{name}.npy" for name in names}
         try:
-            arrays = {name: np.load(entry / f"{name}.npy", mmap_mode="r") for name in names}
-        except (OSError, ValueError, EOFError):
+            if not all(path.is_file() for path in paths.values()):
+                return None
+            arrays: dict[str, np.ndarray] = {
+                name: np.lib.format.open_memmap(path, mode="r") for name, path in paths.items()
+            }
+        except Exception:  # a damaged header can raise any exception
+            self.report_damage(kind, key)
             return None
         with suppress(OSError):  # the entry may belong to another user
             os.utime(entry)
@@ -82,6 +111,8 @@ class Cache:
         """Keep arrays as an entry; if that fails, log a warning and keep nothing."""
         if self.folder is None:
             return
+        checksums = np.array([checksum(array) for array in arrays.values()], dtype=np.uint32)
+        arrays = {**arrays, CHECKSUMS: checksums}
         size = sum(_HEADER + array.nbytes for array in arrays.values())
         if size > self.limit:
             logger.info("%d MB are not cached: --cache_limit is smaller", size / 1e6)
@@ -113,7 +144,7 @@ class Cache:
         parent.mkdir(parents=True, exist_ok=True)
         self._make_room(sum(_HEADER + int(np.prod(shape)) * dtype.itemsize for shape, dtype in arrays.values()))
         folder = Path(tempfile.mkdtemp(prefix=_pending_prefix(), dir=parent))
-        entry = PendingEntry(folder, parent / key, try_lock(folder))
+        entry = PendingEntry(folder, parent / key, lock(folder))
         try:
             folder.chmod(parent.stat().st_mode)  # mkdtemp lets only its owner in
             for name, (shape, dtype) in arrays.items():
@@ -179,7 +210,8 @@ class PendingEntry:
         for file in self.folder.iterdir():
             with file.open("rb+") as opened:
                 os.fsync(opened.fileno())
-        shutil.rmtree(self._target, ignore_errors=True)  # broken, or just made by another run
+        with suppress(FileNotFoundError):
+            shutil.rmtree(self._target)  # damaged, or just made by another run
         try:
             self.folder.rename(self._target)
         except OSError as error:
@@ -226,10 +258,13 @@ def _is_abandoned(entry: Path) -> bool:
         return True
     if not entry.name.startswith(_pending_prefix()):  # locks of other machines may not be visible here
         return False
-    lock = try_lock(entry)
-    if lock is not None:
-        os.close(lock)
-    return lock is not None
+    try:
+        descriptor = lock(entry)
+    except BlockingIOError:
+        return False
+    if descriptor is not None:
+        os.close(descriptor)
+    return descriptor is not None
 
 
 def _is_entry(path: Path) -> bool:

@@ -29,7 +29,9 @@ from data_processing.cache import default_folder
 from data_processing.downloads.addresses import Address, is_address, parse_address, redact
 from data_processing.downloads.archives import MODEL_FILES, Limits, find_folder, only_top_folder
 from data_processing.downloads.store import Downloads
-from transformer.errors import UserError, one_line, printable
+from distillation.flags import path as path_of
+from distillation.runtime.console import show_messages
+from transformer.errors import UserError, one_line
 
 logger = logging.getLogger("data_processing.download")
 
@@ -77,18 +79,21 @@ class _Parser(argparse.ArgumentParser):
 def _parse_flags(arguments: Sequence[str]) -> argparse.Namespace:
     limits = Limits()
     parser = _Parser(
-        prog="data_processing/download.py", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
+        prog="data_processing/download.py", description=(__doc__ or "TinyBERT").splitlines()[0], allow_abbrev=False
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(DOWNLOADS)}; or an address")
     parser.add_argument(
         "--list", action="store_true", help="print the names with their addresses, and download nothing"
     )
     parser.add_argument(
-        "--output_dir", "--to", type=Path, help="the folder to create (default: where the scripts in test/ expect it)"
+        "--output_dir",
+        "--to",
+        type=path_of,
+        help="the folder to create (default: where the scripts in test/ expect it)",
     )
     parser.add_argument("--overwrite_output_dir", action="store_true", help="replace that folder with all files in it")
     parser.add_argument("--sha256", help="of the downloaded file, in hexadecimal digits; any other file is refused")
-    parser.add_argument("--cache_dir", type=Path, help="the cache folder of downloads (default: ~/.cache/tinybert)")
+    parser.add_argument("--cache_dir", type=path_of, help="the cache folder of downloads (default: ~/.cache/tinybert)")
     for name, default, what in (
         ("--most_gigabytes", limits.gigabytes, "a download and its content"),
         ("--most_ratio", limits.ratio, "the size of an archive's content to its own"),
@@ -198,16 +203,9 @@ def _copy_folder(source: Path, target: Path, overwrite: bool) -> None:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-class _PrintableFormatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return printable(record.getMessage())
-
-
 def run() -> int:
     """Run the command; return its exit status: 2, after one line, for a mistake of the user or a failing server."""
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(_PrintableFormatter())
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    show_messages()
     try:
         main(sys.argv[1:])
     except UserError as error:

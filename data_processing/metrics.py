@@ -37,6 +37,12 @@ class Metric:
             values = self.compute(predictions, labels)
         return {name: value if math.isfinite(value) else 0.0 for name, value in values.items()}
 
+    def chance_level(self, labels: np.ndarray) -> float:
+        """Return the best value of `chosen_by` for one and the same prediction for all examples; 0 for scores."""
+        if self.regression:
+            return 0.0
+        return max(self(np.full_like(labels, label), labels)[self.chosen_by] for label in np.unique(labels))
+
 
 def accuracy(predictions: np.ndarray, labels: np.ndarray) -> Values:
     """Return `acc`: the share of correct label ids."""

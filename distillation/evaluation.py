@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,8 +19,11 @@ from distillation.options import Options
 from distillation.runtime.device import Process, synchronize
 from distillation.runtime.logs import Progress
 from distillation.runtime.precision import Precision, choose_precision
+from transformer.errors import UserError
 from transformer.heads import TinyBertForSequenceClassification
 from transformer.tokenization import BertTokenizer
+
+logger = logging.getLogger(__name__)
 
 
 class Interrupted(Exception):
@@ -85,6 +89,7 @@ class Predictor:
 
         Raises:
             Interrupted: `should_stop` was true.
+            UserError: a logit is not finite.
         """
         was_training = model.training
         model.eval()
@@ -105,7 +110,7 @@ class Predictor:
                 progress.advance()
         progress.close()
         model.train(was_training)
-        # A process that was not told to stop learns of it in this exchange.
+        # Through this exchange a process learns that another one stops.
         gathered = self.process.gather(None if stopped else [part.cpu().numpy() for part in computed])
         if any(parts is None for parts in gathered):
             raise Interrupted
@@ -113,6 +118,13 @@ class Predictor:
         for rank, parts in enumerate(gathered):
             for examples, part in zip(batches[rank :: self.process.world_size], parts, strict=True):
                 logits[examples] = part
+        wrong = np.flatnonzero(~np.isfinite(logits).all(axis=1))
+        if wrong.size:  # in all processes, which have the same logits
+            with self.process.raise_on_all_ranks():
+                raise UserError(
+                    f"{title}: the model's outputs of {wrong.size} of {len(logits)} texts are not finite, first text "
+                    f"{wrong[0] + 1}; the model diverged, or its values are too large for {self.precision.name}"
+                )
         return logits
 
     def evaluate(
@@ -141,6 +153,14 @@ def evaluate_logits(logits: np.ndarray, features: Features, task: Task, seconds:
         functional.mse_loss(outputs[:, 0], labels) if task.is_regression else functional.cross_entropy(outputs, labels)
     )
     return EvaluationResult({**metrics, "eval_loss": loss.item()}, len(features), seconds)
+
+
+def warn_of_chance(model: str, name: str, value: float, features: Features, task: Task, advice: str) -> None:
+    """Warn if a model's metric on the file of this name is no better than one and the same output for all texts."""
+    chance = task.metric.chance_level(np.asarray(features.labels))
+    if value <= chance:
+        message = "%s has %s %.4f on %s, no better than the same output for every text (%.4f): %s"
+        logger.warning(message, model, task.metric.chosen_by, value, name, chance, advice)
 
 
 def predictions(logits: np.ndarray, task: Task) -> np.ndarray:

@@ -20,7 +20,7 @@ def fetch_addresses(options: Options, refresh: bool = True) -> Options:
 
     Args:
         options: of the run.
-        refresh: whether servers are asked; without it everything is in the cache, since another process just asked.
+        refresh: whether to look for newer versions; without it all is in the cache, since another process just looked.
 
     Raises:
         UserError: something cannot be fetched, or holds no model or none of the task's data.

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -36,13 +37,14 @@ class Entry:
 
 
 def path(text: str) -> Path:
-    """Return a flag's path, which need not exist.
+    """Return a flag's path, which need not exist; a leading ~ is the user's home folder.
 
     Raises:
         UserError: no file can have this name.
     """
     if not text:
         raise UserError("a folder's name is empty; . is the current folder")
+    text = os.path.expanduser(text)  # a shell leaves --output_dir=~/x as it is
     try:
         Path(text).exists()
     except (OSError, ValueError) as error:
@@ -103,7 +105,9 @@ def _add_run_kind(parser: argparse.ArgumentParser, entry: Entry) -> None:
     switch("--pred_distill", help="prediction-layer distillation; without it, intermediate-layer distillation")
     switch("--do_eval", help="evaluate the model in --student_model; train nothing")
     switch("--do_predict", help="write the predictions of the model in --student_model in GLUE's submission format")
-    add("--predict_file", help="file in --data_dir to predict (default: the task's test files)")
+    add(
+        "--predict_file", type=os.path.expanduser, help="file in --data_dir to predict (default: the task's test files)"
+    )
     switch("--do_finetune", help="fine-tune the model in --teacher_model on the labels, to make a teacher")
     switch(
         "--transfer_learning", help="give a student of another task a new classifier if its labels are more or fewer"
@@ -155,7 +159,12 @@ def _add_folders(parser: argparse.ArgumentParser, entry: Entry) -> None:
         help="maximum size of the cache in gigabytes, without downloads; 0 caches nothing but downloads",
     )
     if entry.tasks is None:
-        add("--data_url", default="", help="folder to which the outputs are copied at the end of the run")
+        add(
+            "--data_url",
+            type=os.path.expanduser,
+            default="",
+            help="folder to which the outputs are copied at the end of the run",
+        )
     else:
         add("--data_url", default="", help="accepted for compatibility with the original scripts; has no effect")
 
@@ -196,7 +205,12 @@ def _add_training(parser: argparse.ArgumentParser, entry: Entry) -> None:
     add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches per optimizer step")
     add("--seed", type=int, default=42, help="random seed of shuffling, dropout and new weights")
     switch("--deterministic", help="use only deterministic algorithms, which are slower on a GPU; a CPU always does")
-    add("--eval_step", type=int, default=entry.eval_step, help="optimizer steps between evaluations")
+    add(
+        "--eval_step",
+        type=int,
+        default=entry.eval_step,
+        help="optimizer steps between evaluations; a shorter epoch is evaluated at its end",
+    )
     add("--output_txt_step", type=int, default=100, help="optimizer steps between lines of the speed log")
 
 

@@ -21,12 +21,14 @@ from typing import Any
 import torch
 from torch import distributed
 from torch.multiprocessing import ProcessExitedException, start_processes
+from tqdm import tqdm
 
 from distillation.checkpoints.folder_state import check_writable
 from distillation.fetch import fetch_addresses
 from distillation.options import Options, Stage
 from distillation.runs.predict import evaluate, predict
 from distillation.runs.train import train
+from distillation.runtime.console import show_messages
 from distillation.runtime.device import (
     BACKENDS,
     Process,
@@ -38,7 +40,6 @@ from distillation.runtime.device import (
     prepare_process,
     share_cores,
 )
-from distillation.runtime.logs import show_messages
 from distillation.runtime.signals import RunFailed, Signals, Stopped, blocked, exit_with_parent, leave
 from transformer.errors import UserError
 
@@ -82,7 +83,7 @@ def run_entry(prog: str, entry: Callable[[Sequence[str]], None]) -> int:
     except RunFailed as error:
         status, line = 1, str(error)
     if line:
-        print(f"{prog}: {line}", file=sys.stderr)
+        tqdm.write(f"{prog}: {line}", file=sys.stderr)  # below a bar that the run leaves
     if _under_torchrun():
         leave(status)
     return status
@@ -187,7 +188,7 @@ def _spawn(options: Options, kind: str, signals: Signals) -> None:
             if signals.received and not isinstance(cause, UserError):
                 cause = Stopped(signals.received, cause.where if isinstance(cause, Stopped) else "")
             raise cause from None
-    if signals.received:  # too late to stop the processes; but a script must not go on as if there was no signal
+    if signals.received:  # too late to stop the processes; but a script must not continue as if there was no signal
         raise Stopped(signals.received, "when the run had ended")
 
 

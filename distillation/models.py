@@ -22,9 +22,10 @@ from distillation.labels import in_task_order, names_the_task
 from distillation.runtime.files import read_json_object
 from transformer.configuration import BertConfig
 from transformer.errors import UserError
-from transformer.file_utils import MODEL_FILES, SAFETENSORS_NAME, WEIGHTS_NAME, read_weights
+from transformer.file_utils import MODEL_FILES, SAFETENSORS_NAME, WEIGHTS_NAME, read_weights, weights_file
 from transformer.heads import TinyBertForSequenceClassification
 from transformer.loading import (
+    ENCODER_PREFIX,
     NoNewWeights,
     check_weights,
     has_layer_projections,
@@ -105,9 +106,12 @@ def load_complete(
     outputs = num_labels_of(weights)
     if outputs is None:
         raise UserError(
-            f"{folder}: {use} has no classifier, it is a raw BERT; "
+            f"{folder}: {use} has no classifier, it is a raw BERT{_other_heads(weights)}; "
             "fine-tune it on the task first (--do_finetune, or test/train_teacher_1p.sh, test/pipeline.sh)"
         )
+    if _classifies_no_texts(config):
+        raise UserError(f"{folder}: {use} is a {config.architectures[0]}, which does not classify texts")
+    _check_problem_type(folder, config, task, use)
     if outputs != task.outputs:
         raise UserError(f"{folder}: the classifier of {use} {_mismatch(outputs, task)}")
     model = _build(folder, config, weights, outputs, 0, False)
@@ -142,6 +146,8 @@ def load_for_training(
             of outputs.
     """
     config, weights, tokenizer = _read(folder, do_lower_case)
+    if _classifies_no_texts(config):
+        weights = _without(weights, "classifier.")
     outputs = num_labels_of(weights)
     if outputs is not None and outputs != task.outputs:
         if not transfer_learning:
@@ -162,6 +168,27 @@ def load_for_training(
     return LoadedModel(model, tokenizer, folder)
 
 
+def _other_heads(weights: Mapping[str, Tensor]) -> str:
+    unused = [key for key in weights if not key.startswith((ENCODER_PREFIX, *_PROJECTIONS))]
+    return f" with keys that are not used ({summarise(unused)}; a classifier is named classifier)" if unused else ""
+
+
+def _check_problem_type(folder: Path, config: BertConfig, task: Task, use: str) -> None:
+    """Check that the classifier was trained for one label per text, or for a score, as the task needs it."""
+    expected = "regression" if task.is_regression else "single_label_classification"
+    given = config.extra.get("problem_type") or expected
+    if given != expected:
+        raise UserError(
+            f"{folder}: config.json says problem_type {str(given)[:60]!r}, {task.name} needs {expected!r} of {use}; "
+            "fine-tune it on the task first (--do_finetune)"
+        )
+
+
+def _classifies_no_texts(config: BertConfig) -> bool:
+    """Return whether the checkpoint's classifier is one of tokens, or of several choices."""
+    return bool({"BertForTokenClassification", "BertForMultipleChoice"} & set(config.architectures))
+
+
 def _without(weights: Mapping[str, Tensor], *prefixes: str) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in weights.items() if not key.startswith(prefixes)}
 
@@ -169,13 +196,15 @@ def _without(weights: Mapping[str, Tensor], *prefixes: str) -> dict[str, Tensor]
 def _read(folder: Path, do_lower_case: bool) -> tuple[BertConfig, dict[str, Tensor], BertTokenizer]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; expected a model's folder with config.json, weights and vocab.txt")
-    _warn_of_changed_files(folder)
+    if any(folder.iterdir()):
+        weights_file(folder)  # first: weights of another program come with another configuration
     config = BertConfig.from_pretrained(folder)
     tokenizer = BertTokenizer.from_pretrained(folder, do_lower_case)
     if len(tokenizer) > config.vocab_size:
         raise UserError(
             f"{folder}: the vocabulary has {len(tokenizer)} tokens, config.json says vocab_size {config.vocab_size}"
         )
+    _warn_of_changed_files(folder)  # after both were read, so that those that cannot be read are refused by name
     return config, with_encoder_prefix(read_weights(folder)), tokenizer
 
 
@@ -296,5 +325,5 @@ def check_same_heads(teacher: LoadedModel, student: LoadedModel) -> None:
     if ours != theirs:
         raise UserError(
             f"{teacher.folder} and {student.folder}: the teacher has {theirs} attention heads and the student {ours}; "
-            "the attention loss needs as many; leave it out (--losses), or take another student"
+            "the attention loss needs as many; leave it out (--losses hidden,embedding), or take another student"
         )

@@ -21,9 +21,9 @@ from distillation.checkpoints.outputs import check_output_dir, save_model
 from distillation.checkpoints.run_record import describe_command, write_run
 from distillation.flags import OneLineParser, path
 from distillation.launch import run_entry
-from distillation.options import check_seed
+from distillation.options import check_seed, parse_layer_map
 from distillation.runtime.device import seed_process
-from distillation.training.losses import uniform_layer_map
+from distillation.training.losses import choose_layer_map
 from transformer.configuration import LINEAR_HEAD_ARCHITECTURE, RELU_HEAD_ARCHITECTURE, BertConfig
 from transformer.errors import UserError
 from transformer.file_utils import read_weights
@@ -35,11 +35,14 @@ logger = logging.getLogger(__name__)
 
 
 def build_student(
-    config: BertConfig, teacher_config: BertConfig, teacher: dict[str, Tensor], copy_layers: bool
+    config: BertConfig,
+    teacher_config: BertConfig,
+    teacher: dict[str, Tensor],
+    layer_map: str | tuple[int, ...] | None,
 ) -> tuple[TinyBertForSequenceClassification, list[str]]:
-    """Build a student and, with `copy_layers`, copy the teacher's mapped layers into it.
+    """Build a student and, with a layer map, copy the teacher's mapped layers into it.
 
-    Student layer m gets teacher layer g(m) of the uniform map; embeddings, pooler and classifier are copied too. A
+    Student layer m gets teacher layer g(m) of the map; embeddings, pooler and classifier are copied too. A
     module is copied if all its tensors have the student's shapes. The projection of a student with the teacher's hidden
     size starts as the identity.
 
@@ -47,28 +50,34 @@ def build_student(
         config: the student's configuration.
         teacher_config: the teacher's configuration.
         teacher: the teacher's weights.
-        copy_layers: whether to copy anything.
+        layer_map: as for `choose_layer_map`; None: nothing is copied.
 
     Returns:
         The student, and the names of the copied modules, in the student's order.
 
     Raises:
-        UserError: the teacher's number of layers is no multiple of the student's.
+        UserError: the layer map does not fit the two models, or no module has the same shapes in both.
     """
     student = TinyBertForSequenceClassification(
         config, num_labels_of(teacher) or 2, fit_size=teacher_config.hidden_size
     )
-    if not copy_layers:
+    if layer_map is None:
         return student, []
-    layer_map = uniform_layer_map(config.num_hidden_layers, teacher_config.num_hidden_layers)
+    layers = choose_layer_map(layer_map, config.num_hidden_layers, teacher_config.num_hidden_layers)
     sources = {"bert.embeddings": "bert.embeddings"}
-    for ours, theirs in enumerate(layer_map):
+    for ours, theirs in enumerate(layers):
         sources[f"bert.encoder.layer.{ours}"] = f"bert.encoder.layer.{theirs - 1}"
     sources |= {"bert.pooler": "bert.pooler", "classifier": "classifier"}
     copied = []
     for name, source in sources.items():
         if _copy_module(student.get_submodule(name), source, teacher):
             copied.append(source if source == name else f"{source} as {name}")
+    if not copied:
+        raise UserError(
+            "--init teacher_layers: nothing can be copied, no module has the teacher's shapes; give the student "
+            f"--hidden_size {teacher_config.hidden_size} --intermediate_size {teacher_config.intermediate_size}, "
+            "or use --init random"
+        )
     if config.hidden_size == teacher_config.hidden_size:
         nn.init.eye_(student.fit_dense.weight)
     return student, copied
@@ -94,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--intermediate_size", type=int, default=1200)
     add("--num_attention_heads", type=int, help="default: the teacher's")
     add("--init", choices=("random", "teacher_layers"), default="random")
+    add("--layer_map", default="uniform", help="the teacher's layers to copy: as 2,3,5,6; or uniform, top, bottom")
     add("--seed", type=int, default=42)
     add("--output_dir", type=path, required=True)
     add("--overwrite_output_dir", action="store_true")
@@ -122,14 +132,15 @@ def main(arguments: Sequence[str]) -> None:
         source="the new student",
     )
     seed_process(flags.seed, 0)
-    student, copied = build_student(config, teacher_config, teacher, flags.init == "teacher_layers")
+    layer_map = parse_layer_map(flags.layer_map) if flags.init == "teacher_layers" else None
+    student, copied = build_student(config, teacher_config, teacher, layer_map)
     weights = student.state_dict()
     if num_labels_of(teacher) is None:  # the task is not known yet; training adds its classifier
         weights = {key: tensor for key, tensor in weights.items() if not key.startswith("classifier.")}
     model = save_model(flags.output_dir, student.config, weights, tokenizer)
     write_run(flags.output_dir, describe_command("distillation.new_student", vars(flags), [flags.teacher]), model)
     if flags.init == "teacher_layers":
-        logger.info("copied from the teacher: %s", ", ".join(copied) or "nothing, no shape is the same")
+        logger.info("copied from the teacher: %s", ", ".join(copied))
     sizes = config.num_hidden_layers, config.hidden_size, config.intermediate_size
     millions = sum(tensor.numel() for tensor in weights.values()) / 1e6
     message = "%s: %d layers, hidden %d, intermediate %d, %.1f million parameters"

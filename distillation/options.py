@@ -22,7 +22,7 @@ from transformer.errors import UserError
 LOSSES = ("attention", "hidden", "embedding")
 LAYER_MAPS = ("uniform", "top", "bottom")
 
-Range = tuple[str, Callable[[float], bool]]  # what a message says, and whether a number is in the range
+Range = tuple[str, Callable[[float], bool]]  # the text for a message, and whether a number is in the range
 _COUNT: Range = "1 or more", lambda number: number >= 1
 _ABOVE_0: Range = "a number above 0", lambda number: 0 < number < math.inf
 _RANGES: dict[str, Range] = {
@@ -154,7 +154,7 @@ def parse_options(arguments: Sequence[str], entry: Entry) -> Options:
     values["device"] = "cpu" if values.get("no_cuda") else values["device"]
     values["device_list"] = _device_list(values["device_list"])
     values["loss_scale"] = _loss_scale(values["loss_scale"])
-    values["layer_map"] = _layer_map(values["layer_map"])
+    values["layer_map"] = parse_layer_map(values["layer_map"])
     values["losses"] = _losses(values["losses"])
     folder = path(values["cache_dir"]) if values["cache_dir"] else default_folder()
     limit = round(values["cache_limit"] * 1e9)
@@ -259,7 +259,12 @@ def _loss_scale(text: str) -> float | None:
     return scale
 
 
-def _layer_map(text: str) -> str | tuple[int, ...]:
+def parse_layer_map(text: str) -> str | tuple[int, ...]:
+    """Return the name of a layer map, or the teacher's layers that the text lists.
+
+    Raises:
+        UserError: it is neither.
+    """
     if text in LAYER_MAPS:
         return text
     layers = _integers(text)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from io import TextIOWrapper
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ from data_processing.examples import Examples, read_examples, unlabelled
 from data_processing.features import make_features
 from data_processing.task_files import read_task_file
 from data_processing.tasks import Task, find_task
-from distillation.flags import OneLineParser
+from distillation.flags import OneLineParser, path
 from distillation.launch import run_entry
 from distillation.models import LoadedModel, check_lengths, choose_case, label_names, load_complete
 from transformer.configuration import BertConfig
@@ -123,8 +122,8 @@ def parse_flags(arguments: Sequence[str]) -> argparse.Namespace:
     Raises:
         UserError: a flag is invalid.
     """
-    parser = OneLineParser(prog="demo.py", description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--model", type=Path, default=Path("TinyBERT_dir"), help="the student's folder")
+    parser = OneLineParser(prog="demo.py", description=(__doc__ or "TinyBERT").splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--model", type=path, default=Path("TinyBERT_dir"), help="the student's folder")
     parser.add_argument(
         "--max_seq_length",
         type=int,
@@ -134,8 +133,8 @@ def parse_flags(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--text", action="append", help="a text; may be given several times")
     parser.add_argument("--text_b", action="append", help="the second text of a pair, one for each --text")
     parser.add_argument("--task_name", help="the GLUE task of the model")
-    parser.add_argument("--task_file", type=Path, help="the JSON file of your own task, instead of --task_name")
-    parser.add_argument("--data_dir", type=Path, help="the task's data; shows rows of its dev file")
+    parser.add_argument("--task_file", type=path, help="the JSON file of your own task, instead of --task_name")
+    parser.add_argument("--data_dir", type=path, help="the task's data; shows rows of its dev file")
     flags = parser.parse_args(list(arguments))
     if flags.max_seq_length is not None and flags.max_seq_length < 8:
         raise UserError(f"--max_seq_length {flags.max_seq_length}: expected 8 or more")
@@ -172,8 +171,6 @@ def main(arguments: Sequence[str]) -> None:
         if not torch.equal(logits_of(loaded, batch), first):
             sys.exit(f"demo.py: repetition {repetition} gave other logits than the first")
 
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may lack characters
     print(aligned(table(task, first, examples, labelled)))
     print(f"the logits were the same, bit for bit, in all {REPETITIONS} repetitions")
 

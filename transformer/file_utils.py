@@ -6,8 +6,10 @@ that a kill at any moment leaves the old content or the new one, whole. Readers 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
+import logging
 import os
 import re
 import tempfile
@@ -24,6 +26,8 @@ from safetensors.torch import load_file
 from transformer.errors import UserError
 from transformer.untrusted import OtherObjects, check_pickled, check_tensors
 
+logger = logging.getLogger(__name__)
+
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "pytorch_model.bin"
 SAFETENSORS_NAME = "model.safetensors"
@@ -33,43 +37,117 @@ MODEL_FILES = (VOCAB_NAME, TOKENIZER_CONFIG_NAME, CONFIG_NAME, WEIGHTS_NAME)
 
 # TensorFlow-born files name a LayerNorm's weight and bias gamma and beta.
 _OLD_LAYER_NORM_NAMES = ((re.compile(r"\.gamma$"), ".weight"), (re.compile(r"\.beta$"), ".bias"))
-_DDP_PREFIX = "module."
+# What wrappers put before every key: `module.` (DDP), `_orig_mod.` (torch.compile), `model.` (Lightning), or several.
+_WRAPPED = re.compile(r"(?P<prefix>(?:[^.]+\.)*?)(?:bert\.)?(?:embeddings\.word_embeddings|encoder\.layer\.0)\..+")
+_MODEL_PARTS = ("bert.", "embeddings.", "encoder.", "pooler.", "classifier.", "cls.", "fit_dense.", "fit_denses.")
+_CONSTANTS = ("embeddings.position_ids", "embeddings.token_type_ids")  # buffers of `transformers`
+_WEIGHT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_LARGEST = torch.finfo(torch.float32).max
+_LFS_POINTER = b"git-lfs"  # in the first line of a pointer
+_SAVE_FIRST = "load it with the library `transformers` and save it again with save_pretrained"
+_OTHER_FORMS = (  # patterns of weight files that are not read, their kind, and what to do
+    (
+        f"{SAFETENSORS_NAME}.index.json",
+        "the index of weights in several files",
+        _SAVE_FIRST + ", max_shard_size='100GB'",
+    ),
+    (f"{WEIGHTS_NAME}.index.json", "the index of weights in several files", _SAVE_FIRST + ", max_shard_size='100GB'"),
+    ("*.ckpt.*", "a TensorFlow checkpoint", _SAVE_FIRST + " (from_pretrained with from_tf=True)"),
+    ("tf_model.h5", "a TensorFlow model", _SAVE_FIRST + " (from_pretrained with from_tf=True)"),
+    ("flax_model.msgpack", "a Flax model", _SAVE_FIRST + " (from_pretrained with from_flax=True)"),
+)
 _TEMPORARY_NAME = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}\.tmp")
 
 
 def read_weights(folder: str | Path) -> dict[str, torch.Tensor]:
     """Read a model's tensors under today's names, from model.safetensors if it exists, else pytorch_model.bin.
 
-    LayerNorm's gamma and beta become weight and bias; the constant `position_ids` is left out, and so is the prefix
-    `module.` of DistributedDataParallel where every key has it.
+    LayerNorm's gamma and beta become weight and bias; constants such as `position_ids` are left out, and so is the
+    prefix of a wrapper, such as `module.` of DistributedDataParallel.
 
     Raises:
-        UserError: the folder has no weights, or the file is broken or holds more than tensors.
+        UserError: the folder has no weights, or the file is broken or holds more than tensors, or a weight is no
+            finite floating point number.
     """
-    folder = Path(folder)
-    safetensors, pickled = folder / SAFETENSORS_NAME, folder / WEIGHTS_NAME
-    if safetensors.is_file():
-        path = safetensors
+    path = weights_file(Path(folder))
+    if path.name == SAFETENSORS_NAME:
         try:
             weights = load_file(path)
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read as safetensors ({_first_line(error)})") from None
-    elif pickled.is_file():
-        path = pickled
-        weights = _read_pickled(path)
     else:
-        raise UserError(f"{folder}: has no weights; expected {SAFETENSORS_NAME} or {WEIGHTS_NAME}")
+        weights = _read_pickled(path)
     for key, tensor in weights.items():
         if tensor.layout != torch.strided or tensor.is_complex() or tensor.is_quantized:
             raise UserError(
                 f"{path}: {key} is a {str(tensor.layout)[6:]} tensor of type {str(tensor.dtype)[6:]}; weights are "
                 "dense and real"
             )
-    if all(key.startswith(_DDP_PREFIX) for key in weights):
-        weights = {key.removeprefix(_DDP_PREFIX): tensor for key, tensor in weights.items()}
-    return {
-        _current_name(key): tensor for key, tensor in weights.items() if not key.endswith("embeddings.position_ids")
-    }
+    weights = _without_wrapper(weights, path)
+    _check_values(weights, path)
+    return {_current_name(key): tensor for key, tensor in weights.items() if not key.endswith(_CONSTANTS)}
+
+
+def weights_file(folder: Path) -> Path:
+    """Return the path of a model's weights: model.safetensors if it exists, else pytorch_model.bin.
+
+    Raises:
+        UserError: the folder has neither, or a Git LFS pointer in their place.
+    """
+    path = next((folder / name for name in (SAFETENSORS_NAME, WEIGHTS_NAME) if (folder / name).is_file()), None)
+    if path is None:
+        raise UserError(f"{folder}: has no weights; expected {SAFETENSORS_NAME} or {WEIGHTS_NAME}{_other_form(folder)}")
+    with contextlib.suppress(OSError), path.open("rb") as file:  # the reader names a file that cannot be read
+        if _LFS_POINTER in file.read(40):
+            raise UserError(f"{path}: is a Git LFS pointer, not the weights; run git lfs pull in its repository")
+    return path
+
+
+def _other_form(folder: Path) -> str:
+    """Return what to do with weights in a form that is not read; otherwise how a folder gets weights."""
+    for pattern, kind, advice in _OTHER_FORMS:
+        for path in sorted(folder.glob(pattern)):
+            return f". {path.name} is {kind}, which is not read: {advice}"
+    return ". For a student with new weights: python -m distillation.new_student"
+
+
+def _without_wrapper(weights: Mapping[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors without the prefix that a wrapper put before the model's keys; log the prefix.
+
+    Raises:
+        UserError: the file has several models under different prefixes.
+    """
+    prefixes = sorted({match["prefix"] for key in weights if (match := _WRAPPED.fullmatch(key))})
+    if not prefixes or not prefixes[0]:
+        return dict(weights)
+    if len(prefixes) > 1:
+        raise UserError(f"{path}: holds several models, {', '.join(prefixes)}; save the state_dict of one of them")
+    (prefix,) = prefixes
+    stripped = {key.removeprefix(prefix): tensor for key, tensor in weights.items()}
+    if len(stripped) < len(weights):
+        raise UserError(f"{path}: some keys are there with and without the prefix {prefix}")
+    logger.info("%s: the prefix %s of the keys is left out", path, prefix)
+    return stripped
+
+
+def _check_values(weights: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Check in one pass that the model's weights are floating point and finite, in fp32 too.
+
+    Raises:
+        UserError: one is not; it is named.
+    """
+    for key, tensor in weights.items():
+        if not key.startswith(_MODEL_PARTS) or key.endswith(_CONSTANTS):
+            continue
+        if tensor.dtype not in _WEIGHT_TYPES:
+            raise UserError(
+                f"{path}: {key} has the type {str(tensor.dtype)[6:]}, as in a quantized model; weights are floating "
+                "point: save the model without quantization"
+            )
+        if tensor.numel():
+            low, high = torch.aminmax(tensor)  # NaN if one of the values is NaN
+            if not (low >= -_LARGEST and high <= _LARGEST):
+                raise UserError(f"{path}: {key} has values that are not finite; the model is damaged, or diverged")
 
 
 def _read_pickled(path: Path) -> dict[str, torch.Tensor]:

@@ -322,4 +322,5 @@ class TinyBertForSequenceClassification(DistilledModel):
     def set_labels(self, names: Sequence[str], relu_head: bool) -> None:
         """Record the labels' names, in id order, and the form of the head in the config."""
         architecture = RELU_HEAD_ARCHITECTURE if relu_head else LINEAR_HEAD_ARCHITECTURE
-        self.config = replace(self.config, architectures=[architecture], id2label=dict(enumerate(names)))
+        extra = {key: value for key, value in self.config.extra.items() if key != "problem_type"}  # of other labels
+        self.config = replace(self.config, architectures=[architecture], id2label=dict(enumerate(names)), extra=extra)

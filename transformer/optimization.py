@@ -137,11 +137,14 @@ class BertAdam(Optimizer):
         """Load what `export_state` returned for an optimizer of the same parameters in the same order.
 
         Raises:
-            ValueError: the number or the shapes of the parameters differ.
+            ValueError: the number or the shapes of the parameters differ, or a number of steps cannot be.
         """
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         if len(parameters) != len(state["parameters"]):
             raise ValueError(f"the state has {len(state['parameters'])} parameters, expected {len(parameters)}")
+        steps = [state["steps_taken"], *(saved["step"] for saved in state["parameters"] if saved)]
+        if not all(isinstance(step, int) and 0 <= step <= steps[0] for step in steps):
+            raise ValueError("the optimizer's numbers of steps are wrong")
         for parameter, saved in zip(parameters, state["parameters"], strict=True):
             if saved:
                 own = self._state_of(parameter)

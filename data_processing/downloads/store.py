@@ -46,7 +46,7 @@ class Downloads:
 
         Args:
             address: of the file.
-            refresh: whether the server is asked for a newer version than the one that is there.
+            refresh: whether to look on the server for a newer version.
 
         Raises:
             UserError: it cannot be fetched, is not what was expected, or cannot be written.

@@ -1,7 +1,7 @@
 """Save a training run so that it can be stopped at any moment and resumed.
 
-The checkpoint (`folder_state.py`) is made when a run begins, replaced by each save, and removed when the run has ended
-and run.json says so. A resumed run cuts off what it logged after the save and loads the state of the `Trainer`; it
+The checkpoint (`folder_state.py`) is made when a run begins, replaced by each save, and removed when run.json has the
+end of the run. A resumed run cuts off what it logged after the save and loads the state of the `Trainer`; it
 then equals a run that was never stopped.
 """
 
@@ -11,7 +11,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ class Checkpointer:
     leaves nothing to resume.
 
     Args:
-        record: what run.json says of this run; in the main process.
+        record: the content of run.json; in the main process.
 
     Attributes:
         state: of the `Trainer`, where a stopped run is resumed; otherwise None.
@@ -69,7 +69,7 @@ class Checkpointer:
         self._model: dict[str, str] = {}  # the SHA-256 of each file of the saved model
         self._teacher = ""
         self._lock: int | None = None
-        self._logs: dict[str, int] = {}  # the size of each log at the last save
+        self._logs: dict[str, int] = {}  # the size of each log at the last save; names as `_log_names` returns
         self._has_saved = False  # a checkpoint or a model
         self._saved_at = time.monotonic()
 
@@ -93,8 +93,16 @@ class Checkpointer:
             if not isinstance(error, UserError):  # after a mistake the lines may show what went wrong
                 with suppress(UserError):  # the first error is the one to report
                     self._roll_back(self._logs)
+            self._remove_results()
             (self.folder / CHECKPOINT_NAME).unlink(missing_ok=True)
         self._unlock()
+
+    def _remove_results(self) -> None:
+        """Remove the files of results that this run has made, because of which the folder would count as used."""
+        results = results_files(self.folder, self.options.task).values()
+        for name, path in zip(self._log_names()[-len(results) :], results, strict=True):
+            if self._logs.get(name) == 0 and not path.is_symlink():
+                path.unlink(missing_ok=True)
 
     def check_teacher(self, digest: str) -> None:
         """Save a digest of the teacher's cached outputs with the run; warn if a resumed run began with others."""
@@ -138,8 +146,8 @@ class Checkpointer:
         with self.process.raise_on_all_ranks():
             if self.process.is_main:
                 self.check_is_own()
-                sync(map(Path, self._logs))  # no line before the saved sizes may be lost
-                logs = {name: _size(Path(name)) for name in self._logs}
+                sync(map(self.folder.joinpath, self._logs))  # no line before the saved sizes may be lost
+                logs = self._sizes(self._logs)
                 self._write(state, logs)
                 self._logs, self._has_saved = logs, True
         self._saved_at = time.monotonic()
@@ -207,7 +215,7 @@ class Checkpointer:
     def _begin(self) -> None:
         self.run_id = secrets.token_hex(8)
         self._record = {"id": self.run_id, **self._record}
-        self._logs = {str(path): _size(path) for path in self._log_paths()}
+        self._logs = self._sizes(self._log_names())
         self._write(None, self._logs)
 
     def _resume(self, stopped: Mapping[str, Any]) -> None:
@@ -224,21 +232,28 @@ class Checkpointer:
             logger.info("the weights may differ in their last bits: %s", ", ".join(surroundings))
         self._record = {**stopped, "resumed": [*stopped.get("resumed", []), now()]}
         self.run_id, self._teacher, self._model = stopped["id"], content["teacher"], content["model"]
-        self._roll_back(content["logs"])
-        paths = {str(path) for path in self._log_paths()}
-        self._logs = {name: _size(Path(name)) for name in {*content["logs"], *paths}}
-        before = content["logs"]
+        # Only logs that this run appends to are changed, whatever files a checkpoint names.
+        own = self._log_names()
+        before = {name: size for name, size in content["logs"].items() if name in own}
+        self._roll_back(before)
+        self._logs = self._sizes(own)
         if any(size < before.get(name, size + 1) for name, size in self._logs.items()):
             # A log is another one than before; the next resumed run must know its size.
             self._write(self.state, self._logs)
 
-    def _log_paths(self) -> list[Path]:
-        """Return the files that this run appends lines to."""
+    def _log_names(self) -> list[str]:
+        """Return the files that this run appends lines to; those in the output folder relative to it: it may move."""
         logs = log_files(self.options.fps_acc_dir, self.options.log_name(self.process.world_size))
-        return [path.absolute() for path in (*logs, *results_files(self.folder, self.options.task).values())]
+        files = (*logs, *results_files(self.folder, self.options.task).values())
+        paths = [path.parent.resolve() / path.name for path in files]  # a link in place of a file is not followed
+        folder = self.folder.resolve()
+        return [str(path.relative_to(folder) if folder in path.parents else path) for path in paths]
+
+    def _sizes(self, names: Iterable[str]) -> dict[str, int]:
+        return {name: _size(self.folder / name) for name in names}
 
     def _roll_back(self, sizes: Mapping[str, int]) -> None:
-        for path in roll_back({Path(name): size for name, size in sizes.items()}, self.run_id):
+        for path in roll_back({self.folder / name: size for name, size in sizes.items()}, self.run_id):
             logger.warning("%s: another run has written there since the last save, so its lines stay", path)
 
     def _write(self, state: Mapping[str, Any] | None, logs: Mapping[str, int]) -> None:

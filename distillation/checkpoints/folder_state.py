@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,6 +31,13 @@ OUTPUT_FILES = (*MODEL_FILES, RUN_NAME, CHECKPOINT_NAME)
 FROM_SCRATCH = "--overwrite_output_dir without --resume (with the scripts: without RESUME=1) begins from scratch"
 _FORM = 3  # raise it when the content changes its meaning
 _DIGITS = 64  # of the SHA-256 at the end of the file
+_NUMBER, _NONE = (int, float), type(None)
+_CONTENT = {"run": dict, "model": dict, "logs": dict, "teacher": str, "trainer": (dict, _NONE)}
+_TRAINER = {
+    **{"step": int, "best": _NUMBER, "best_step": int, "metric": (*_NUMBER, _NONE), "unevaluated": (list, _NONE)},
+    **{"examples": int, "seconds": _NUMBER, "paused": dict, "precision": dict, "random": list},
+    **{"weights": dict, "optimizer": dict},
+}
 
 
 @dataclass(frozen=True)
@@ -55,13 +64,16 @@ def inspect_folder(folder: Path) -> FolderState:
     """Return what an output folder holds; it need not exist.
 
     Raises:
-        UserError: the user may not read it.
+        UserError: the user may not read it, or a link or no regular file is in place of a run's state.
     """
     stopped, has_state, damaged = None, False, None
     try:
         entries = set(folder.iterdir()) if folder.is_dir() else set()
     except OSError as error:
         raise UserError(f"{folder}: --output_dir cannot be read ({error.strerror})") from None
+    for path in (folder / CHECKPOINT_NAME, folder / RUN_NAME):
+        if path in entries and (path.is_symlink() or not path.is_file()):
+            raise UserError(f"{path}: is a link or no regular file; no run made it, so remove it")
     path, finished = folder / CHECKPOINT_NAME, read_run(folder)
     if finished is not None and finished.get("finished") is None:
         finished = None
@@ -136,27 +148,50 @@ def read_checkpoint(path: Path, verify: bool = False) -> dict[str, Any]:
             only mapped into memory.
 
     Returns:
-        run: the run's record. model: the SHA-256 of the saved model's files. logs: the sizes of the run's logs.
-        teacher: a digest of the teacher's cached outputs. trainer: the state of the `Trainer`, None before the first
-        save.
+        run: the run's record. model: the SHA-256 of the saved model's files. logs: the sizes of the run's
+        logs; a relative path is one in the folder. teacher: a digest of the teacher's cached outputs. trainer: the
+        state of the `Trainer`, None before the first save.
 
     Raises:
-        UserError: it is damaged, or another version of this project wrote it.
+        UserError: it is damaged, or another version of this project, or another program, wrote it.
     """
-    try:
+    with reading_checkpoint(path), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the error names what is wrong
         if verify:
             _check_digest(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the error says what is wrong
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=not verify)
-        if content["form"] != _FORM:
-            raise ValueError("another version of this project wrote it")
-        if not (is_run(content["run"]) and isinstance(content["run"]["id"], str)):
+        with path.open("rb") as file:
+            if not zipfile.is_zipfile(file):
+                raise ValueError("it is not a whole checkpoint")
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=not verify)
+        if not isinstance(content, dict) or content.get("form") != _FORM:
+            raise ValueError("another version of this project, or another program, wrote it")
+        if not (is_run(content.get("run")) and isinstance(content["run"].get("id"), str)):
             raise ValueError("it has no record of the run")
-        return {name: content[name] for name in ("run", "model", "logs", "teacher", "trainer")}
-    except Exception as error:  # a broken file can raise any exception
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        _check_types(content, _CONTENT)
+        _check_types(content["model"], dict.fromkeys(content["model"], str))
+        _check_types(content["logs"], dict.fromkeys(content["logs"], int))
+        if content["trainer"] is not None:
+            _check_types(content["trainer"], _TRAINER)
+    return {name: content[name] for name in _CONTENT}
+
+
+@contextmanager
+def reading_checkpoint(path: Path) -> Iterator[None]:
+    """Report errors of the context as a UserError that names the checkpoint and what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a broken or changed file can raise any exception
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error) or type(error).__name__
+        reason = reason.splitlines()[0].rstrip(".")
         raise UserError(f"{path}: cannot be resumed from ({reason}); {FROM_SCRATCH}") from None
+
+
+def _check_types(values: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    for name, types in expected.items():
+        if not isinstance(values[name], types):
+            raise ValueError(f"{name} is a {type(values[name]).__name__}")
 
 
 def _check_digest(path: Path) -> None:

@@ -5,7 +5,6 @@ Checks make nothing. Each write leaves the old file or the new one, whole.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from filecmp import cmp
@@ -19,7 +18,7 @@ from data_processing.tasks import Task
 from distillation.evaluation import EvaluationResult
 from distillation.flags import path as path_of
 from distillation.options import Options
-from distillation.runtime.files import AppendedFile, check_can_make, make_folder
+from distillation.runtime.files import AppendedFile, check_can_append, check_can_make, make_folder
 from transformer.configuration import BertConfig
 from transformer.errors import UserError
 from transformer.file_utils import (
@@ -108,8 +107,7 @@ def check_results(output_dir: Path, task: Task) -> None:
         check_can_make(path.parent, "--output_dir")
         if path.is_dir():
             raise UserError(f"{path}: is a folder where the metrics are to be written")
-        if path.exists() and not os.access(path, os.W_OK):
-            raise UserError(f"{path}: cannot be written (it is another user's, or read-only)")
+        check_can_append(path)
 
 
 def write_results(output_dir: Path, task: Task, results: Mapping[str, EvaluationResult], **more: int) -> None:

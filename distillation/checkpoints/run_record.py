@@ -28,12 +28,20 @@ from data_processing.downloads.addresses import Address, redact
 from data_processing.files import file_digest
 from data_processing.tasks import Task
 from distillation.models import RUN_NAME
-from distillation.options import Options
+from distillation.options import Options, Stage
 from distillation.runtime.device import Process
 from distillation.runtime.files import read_json_object
 from transformer.errors import UserError
-from transformer.file_utils import CONFIG_NAME, SAFETENSORS_NAME, VOCAB_NAME, WEIGHTS_NAME, write_atomically
+from transformer.file_utils import (
+    CONFIG_NAME,
+    SAFETENSORS_NAME,
+    TOKENIZER_CONFIG_NAME,
+    VOCAB_NAME,
+    WEIGHTS_NAME,
+    write_atomically,
+)
 
+_TOKENIZER_FILES = ("tokenizer.json", TOKENIZER_CONFIG_NAME, "added_tokens.json", "special_tokens_map.json")
 _ROOT = Path(__file__).resolve().parents[2]
 # Flags that do not change the weights, and flags of paths, whose content is compared instead.
 _NOT_COMPARED = {
@@ -58,13 +66,9 @@ def describe_run(
         precision: the name of the one in use; the device has a part in that choice.
         more: further entries.
     """
-    task = options.task
-    names = (task.augmented_file if options.aug_train else task.train_file, *task.dev_files)
-    files = [options.data_dir / name for name in names]
+    files = data_files(options)
     for folder in (options.teacher_model, options.student_model):
-        files += [] if folder is None else _model_files(folder)
-    # The name of a task is a flag; the rest may come from a file.
-    description = {name: value for name, value in vars(task).items() if name != "metric"}
+        files += [] if folder is None else model_files(folder)
     record = {
         "stage": options.stage.value,
         "flags": flags_of(options),
@@ -76,14 +80,27 @@ def describe_run(
             "the device": process.device.type,
             "the number of processes": process.world_size,
             "the precision": precision,
-            "the metric that chooses": task.metric.chosen_by,
-            "the task's description": digest(**description),
+            **task_settings(options.task),
             **digests,
         },
         "begun": now(),
         **more,
     }
     return json.loads(json.dumps(record))
+
+
+def data_files(options: Options) -> list[Path]:
+    """Return the files of data that a run reads: the dev files, and the training file if it trains."""
+    task = options.task
+    trains = options.stage not in (Stage.EVALUATION, Stage.PREDICTIONS)
+    training = [task.augmented_file if options.aug_train else task.train_file] if trains else []
+    return [options.data_dir / name for name in (*training, *task.dev_files)]
+
+
+def task_settings(task: Task) -> dict[str, str]:
+    """Return what `changed_settings` compares of a task: its name is a flag, the rest may come from a file."""
+    description = {name: value for name, value in vars(task).items() if name != "metric"}
+    return {"the metric that chooses": task.metric.chosen_by, "the task's description": digest(**description)}
 
 
 def describe_command(name: str, flags: Mapping[str, Any], models: list[Path]) -> dict[str, Any]:
@@ -93,7 +110,7 @@ def describe_command(name: str, flags: Mapping[str, Any], models: list[Path]) ->
         "flags": {flag: _plain(value) for flag, value in flags.items()},
         "versions": _versions(),
         "revision": revision(),
-        "sha256": _file_digests([path for folder in models for path in _model_files(folder)]),
+        "sha256": _file_digests([path for folder in models for path in model_files(folder)]),
         "finished": now(),
     }
 
@@ -105,8 +122,11 @@ def read_run(folder: Path) -> dict[str, Any] | None:
 
 
 def is_run(record: Any) -> bool:
-    """Return whether a value read from a file has the entries that `changed_settings` compares."""
-    return isinstance(record, dict) and all(isinstance(record.get(name), dict) for name in ("flags", "compared"))
+    """Return whether a value read from a file has the entries of a run's record that a later run reads."""
+    if not (isinstance(record, dict) and isinstance(record.get("resumed", []), list)):
+        return False
+    parts = ("flags", "compared", "versions", "machine")
+    return all(isinstance(record.get(name), dict) for name in parts)
 
 
 def write_run(folder: Path, record: Mapping[str, Any], model: Mapping[str, str]) -> None:
@@ -119,8 +139,9 @@ def write_run(folder: Path, record: Mapping[str, Any], model: Mapping[str, str])
         UserError: it cannot be written; an older one is untouched.
     """
     text = json.dumps({**record, "model": model}, indent=2, ensure_ascii=False)
+    content = text.encode("utf-8", "backslashreplace")  # JSON's own escapes, for names that are not UTF-8
     try:
-        write_atomically(folder / RUN_NAME, lambda file: file.write(text.encode("utf-8") + b"\n"))
+        write_atomically(folder / RUN_NAME, lambda file: file.write(content + b"\n"))
     except OSError as error:
         raise UserError(f"{folder / RUN_NAME}: cannot be written ({error.strerror or error})") from None
 
@@ -230,9 +251,10 @@ def _processor() -> str:
     return named[1].strip() if named else platform.processor() or platform.machine()
 
 
-def _model_files(folder: Path) -> list[Path]:
+def model_files(folder: Path) -> list[Path]:
+    """Return the paths of a model's files, whether or not they exist."""
     weights = SAFETENSORS_NAME if (folder / SAFETENSORS_NAME).is_file() else WEIGHTS_NAME
-    return [folder / name for name in (CONFIG_NAME, VOCAB_NAME, weights)]
+    return [folder / name for name in (CONFIG_NAME, VOCAB_NAME, *_TOKENIZER_FILES, weights)]
 
 
 def _file_digests(files: list[Path]) -> dict[str, str]:

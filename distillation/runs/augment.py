@@ -39,7 +39,7 @@ from distillation.runtime.signals import Stopped
 from distillation.runtime.worker_pool import map_in_order
 from transformer import packed_inference
 from transformer.errors import UserError
-from transformer.file_utils import CONFIG_NAME, SAFETENSORS_NAME, WEIGHTS_NAME
+from transformer.file_utils import CONFIG_NAME, MODEL_FILES, SAFETENSORS_NAME, WEIGHTS_NAME
 from transformer.vocabulary import vocabulary_path
 
 logger = logging.getLogger(__name__)
@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 _METHOD = 4  # to be raised by a change after which the same flags give another file
 _MOST_TRAINING_TEXTS = 2_000_000  # for a masked-LM head; bounds memory
 _MIN_POSITIONS = 8
+_HEAD_FOLDER = "masked_lm"  # in the folder of the unfinished file: the model with the trained head
 _DEFAULT_LENGTH = 128  # of the teacher's inputs, in tokens
 _TOKENS_PER_BATCH = {"cpu": 3200, "cuda": 32768, "npu": 32768}  # of the teacher; not a flag: it could change classes
 
@@ -62,13 +63,14 @@ def augment(options: AugmentOptions) -> None:
     kind = choose_device(options.device)
     check_ids(kind, options.device_list)
     path = options.folder / options.task.augmented_file
-    with ResumableFile(path, options.resume, options.overwrite_output_file) as output:
+    kept = {_HEAD_FOLDER: MODEL_FILES}
+    with ResumableFile(path, options.resume, options.overwrite_output_file, kept) as output:
         try:
             rows = TextRows(options.folder / options.task.train_file, options.task)
             count = sum(1 for _ in rows)
             plan, masked_lm = _load(options, rows, kind)
             if not output.start(_identity(options, plan, kind)):
-                logger.info("%s: is complete already; the run was stopped after its last row", path)
+                logger.info("%s: is complete already; there is nothing left to do", path)
                 return
             if options.train_mlm_head is not None:
                 head_folder = _train_head(options, plan, masked_lm, kind, count, output.folder)
@@ -276,14 +278,14 @@ def _train_head(
     options: AugmentOptions, plan: AugmentationPlan, masked_lm: MaskedLM, kind: str, count: int, parent: Path
 ) -> Path:
     """Train a masked-LM head, unless an earlier part of this run has; return the folder of the trained model."""
-    folder = parent / "masked_lm"
+    folder = parent / _HEAD_FOLDER
     if (folder / WEIGHTS_NAME).exists():
         return folder
     assert options.train_mlm_head is not None
     masked_lm.model.to(open_device(kind, options.device_list[0]))
     step = -(-count // _MOST_TRAINING_TEXTS)  # of a very long file every second row, or every third, and so on
     texts = [_readable(text) for row in islice(plan.rows, 0, None, step) for text in row.texts]
-    encoded = encode_texts(texts, masked_lm.tokenizer)
+    encoded = encode_texts(texts, masked_lm.tokenizer, masked_lm.model.config.max_position_embeddings)
     accuracy = train_masked_lm(masked_lm, encoded, options.train_mlm_head, plan.settings.seed, plan.half)
     logger.info("the masked-LM head predicts %.1f %% of held-out masked tokens correctly", 100 * accuracy)
     save_model(folder, masked_lm.model.config, masked_lm.model.state_dict(), masked_lm.tokenizer)
@@ -293,6 +295,11 @@ def _train_head(
 def _write_blocks(plan: AugmentationPlan, count: int, kind: str, ids: tuple[int, ...], output: ResumableFile) -> None:
     """Augment the blocks that are missing, and finish the file. `count` is the number of rows."""
     total = -(-count // BLOCK)
+    if output.blocks > total:
+        raise UserError(
+            f"{output.folder}: is damaged, it counts {output.blocks} blocks of {total}; --overwrite_output_file starts "
+            "from scratch"
+        )
     if output.blocks:
         logger.info("%s: %d of %d blocks are done already", output.folder, output.blocks, total)
     progress = Progress("augmentation", total - output.blocks, unit="block")

@@ -80,10 +80,20 @@ def load_masked_lm(folder: Path, do_lower_case: bool, seed: int = 0) -> MaskedLM
     return MaskedLM(model.eval(), tokenizer, has_head)
 
 
-def encode_texts(texts: Sequence[str], tokenizer: BertTokenizer) -> list[list[int]]:
-    """Return the texts as ids with [CLS] and [SEP], truncated, without the texts that have no piece."""
+def encode_texts(texts: Sequence[str], tokenizer: BertTokenizer, positions: int = _LONGEST) -> list[list[int]]:
+    """Return the texts as ids with [CLS] and [SEP], truncated, without the texts that have no piece.
+
+    Args:
+        positions: of the model, which reads no longer texts.
+
+    Raises:
+        UserError: it has too few for one piece.
+    """
+    if positions < 3:
+        raise UserError(f"--train_mlm_head: the model has only {positions} positions, too few for any text")
+    longest = min(_LONGEST, positions) - 2
     encoded = tokenizer.encode_batch(texts)
-    return [[tokenizer.cls_token_id, *ids[: _LONGEST - 2], tokenizer.sep_token_id] for ids in encoded if ids]
+    return [[tokenizer.cls_token_id, *ids[:longest], tokenizer.sep_token_id] for ids in encoded if ids]
 
 
 def train_masked_lm(

@@ -18,7 +18,7 @@ from distillation.checkpoints.checkpoint import Checkpointer
 from distillation.checkpoints.folder_state import check_writable
 from distillation.checkpoints.outputs import copy_outputs
 from distillation.checkpoints.run_record import describe_run
-from distillation.evaluation import DevSets, Predictor, evaluate_logits, make_predictor
+from distillation.evaluation import DevSets, Predictor, evaluate_logits, make_predictor, warn_of_chance
 from distillation.models import (
     LoadedModel,
     check_lengths,
@@ -90,7 +90,7 @@ def train(options: Options, process: Process, signals: Signals | None = None, ti
             logger.info("%s: this run has ended already; there is nothing left to train", options.output_dir)
         else:
             with RunLog(options.fps_acc_dir, options.log_name(process.world_size), process, checkpointer.run_id) as log:
-                _log_settings(options, process, models, data)
+                _log_settings(options, process, models, data, predictor.precision.name)
                 models.trained.model.to(process.device)
                 teacher = prepare_teacher(models, data, options, predictor, checkpointer, log, timings)
                 stage = make_stage(options, models, teacher)
@@ -101,7 +101,7 @@ def train(options: Options, process: Process, signals: Signals | None = None, ti
                     log.record("resume", step=checkpointer.state["step"])
                 with signals.held(_announce_stop if process.is_main else lambda: None):
                     outcome = trainer.fit(checkpointer)
-                    _log_outcome(options, outcome, log)
+                    _log_outcome(options, outcome, data.dev, log)
                     best = outcome.best_record(options.task)
                     checkpointer.finish(steps=outcome.steps, skipped=outcome.skipped, best=best)
     if signals.received:  # too late to stop a step; but whatever follows this command must not start
@@ -266,24 +266,36 @@ def _evaluate_teacher(query: TeacherQuery, dev: DevSets, options: Options, log: 
     for name, result in results.items():
         logger.info("the teacher's own %s", result.summary(name))
         log.record("teacher", file=name, **result.metrics)
+        value = result.metrics[options.task.metric.chosen_by]
+        advice = (
+            f"is it a model of {options.task.name}? If its outputs are in another order, name them in id2label of its "
+            "config.json (README, Teachers from elsewhere)"
+        )
+        warn_of_chance(f"{options.teacher_model}: the teacher", name, value, dev.features[name], options.task, advice)
 
 
-def _log_settings(options: Options, process: Process, models: Models, data: Datasets) -> None:
+def _log_settings(options: Options, process: Process, models: Models, data: Datasets, precision: str) -> None:
     logger.info(
-        "%s of %s on %s%s: %d examples of %.1f tokens, batch %d, %g epochs, %.1f million parameters",
+        "%s of %s on %s in %s%s: %d examples of %.1f tokens, batch %d, %g epoch%s",
         options.stage.value,
         options.task.name,
         process.device,
+        precision,
         f" in {process.world_size} processes" if process.world_size > 1 else "",
         len(data.train),
         data.train.lengths.mean(),
         options.train_batch_size,
         options.num_train_epochs,
-        sum(parameter.numel() for parameter in models.trained.model.parameters()) / 1e6,
+        "" if options.num_train_epochs == 1 else "s",
     )
+    for name, loaded in (("the teacher", models.teacher), ("the model that is trained", models.trained)):
+        if loaded is not None:
+            config, parameters = loaded.model.config, sum(tensor.numel() for tensor in loaded.model.parameters())
+            shape = config.num_hidden_layers, config.hidden_size, parameters / 1e6
+            logger.info("%s: %d layers, hidden %d, %.3g million parameters", name, *shape)
 
 
-def _log_outcome(options: Options, outcome: Outcome, log: RunLog) -> None:
+def _log_outcome(options: Options, outcome: Outcome, dev: DevSets, log: RunLog) -> None:
     best = outcome.best_record(options.task)
     if best is not None:
         logger.info(
@@ -293,10 +305,17 @@ def _log_outcome(options: Options, outcome: Outcome, log: RunLog) -> None:
             best["chosen_on"],
             best["step"],
         )
+        if options.stage is Stage.FINETUNE:
+            name, advice = (
+                best["chosen_on"],
+                "train longer, or with another --learning_rate; compare the labels of the files",
+            )
+            warn_of_chance("the fine-tuned model", name, best["value"], dev.features[name], options.task, advice)
     if outcome.skipped:
         logger.info("%d steps were skipped because a gradient overflowed", outcome.skipped)
-    paused = ", ".join(f"{name} {clock(seconds)}" for name, seconds in outcome.seconds.items())
-    logger.info("%d steps, FPS %.2f; not counted as training: %s", outcome.steps, outcome.fps, paused)
+    paused = ", ".join(f"{name} {clock(seconds)}" for name, seconds in outcome.seconds.items() if seconds >= 1)
+    aside = paused and f"; not counted as training: {paused}"
+    logger.info("%d steps, FPS %.2f%s", outcome.steps, outcome.fps, aside)
     log.record(
         "end",
         steps=outcome.steps,
@@ -311,4 +330,5 @@ def _log_outcome(options: Options, outcome: Outcome, log: RunLog) -> None:
 
 def _announce_stop() -> None:
     with contextlib.suppress(OSError):  # nobody reads the output any more
-        os.write(1, b"stopping after this step; a second signal ends the run at once\n")  # print's lock may be held
+        clear = b"\r\x1b[2K" if os.isatty(1) else b""  # of the progress bar
+        os.write(1, clear + b"stopping after this step; a second signal ends the run at once\n")  # print may be locked

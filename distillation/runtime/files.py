@@ -9,12 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from data_processing.files import lock, open_own
 from transformer.errors import UserError
 
 try:
     import fcntl
 except ImportError:  # Windows has no such locks
     fcntl = None  # type: ignore[assignment]
+
+_MOST_JSON = 2**24  # bytes of a file that holds a few kilobytes
 
 
 def check_can_make(folder: Path, flag: str) -> None:
@@ -42,9 +45,50 @@ def make_folder(folder: Path, flag: str) -> None:
         raise UserError(f"{folder}: the folder of {flag} cannot be made ({error.strerror})") from None
 
 
-def read_json_object(path: Path) -> dict[str, Any] | None:
-    """Return the object in a JSON file; None if there is no such file or it holds something else."""
+def check_can_append(path: Path) -> None:
+    """Check, without making anything, that a log can be appended to where it exists.
+
+    Raises:
+        UserError: it is a link, is no file, or the user may not write it.
+    """
+    reason = None
+    if path.is_symlink():
+        reason = "it is a link, which is not followed"
+    elif path.is_dir():
+        reason = "it is a folder"
+    elif path.exists() and not path.is_file():
+        reason = "it is no regular file"
+    elif path.exists() and not os.access(path, os.W_OK):
+        reason = "it is another user's, or read-only"
+    if reason is not None:
+        raise UserError(f"{path}: the log cannot be written ({reason})")
+
+
+def check_is_in_place(descriptor: int, path: Path) -> None:
+    """Check that an open log is still the file of its name, so that no line is lost.
+
+    Raises:
+        UserError: the file or its folder was removed or replaced.
+    """
     try:
+        if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            return
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    raise UserError(f"{path}: was removed or moved while the run wrote there; the run ends")
+
+
+def read_json_object(path: Path) -> dict[str, Any] | None:
+    """Return the object in a JSON file; None if there is no such file or it holds something else.
+
+    Raises:
+        UserError: it is no regular file, or far larger than such a file can be.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: is no regular file")
+        if path.exists() and path.stat().st_size > _MOST_JSON:
+            raise UserError(f"{path}: has {path.stat().st_size / 1e6:.0f} MB; no run wrote such a file")
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
@@ -64,7 +108,7 @@ class AppendedFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            self._file = open_own(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         except OSError as error:
             raise self._failed(error) from None
 
@@ -72,13 +116,19 @@ class AppendedFile:
         """Append lines, each with its line break.
 
         Raises:
-            UserError: they cannot be written.
+            UserError: they cannot be written, and none of them is; or the file was removed.
         """
+        check_is_in_place(self._file, self.path)
         content = text.encode("utf-8")
         try:
             with locked(self._file):
-                while content:
-                    content = content[os.write(self._file, content) :]
+                size = os.fstat(self._file).st_size
+                try:
+                    while content:
+                        content = content[os.write(self._file, content) :]
+                except OSError:  # a full disk takes a part of a line, which the next run's would follow
+                    os.ftruncate(self._file, size)
+                    raise
         except OSError as error:
             raise self._failed(error) from None
 
@@ -117,15 +167,7 @@ def lock_folder(folder: Path) -> int | None:
     Raises:
         UserError: another process holds the lock.
     """
-    if fcntl is None:
-        return None
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock(folder)
     except BlockingIOError:
-        os.close(descriptor)
         raise UserError(f"{folder}: another run is writing there") from None
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor

@@ -97,9 +97,15 @@ class Precision:
 
     @torch.no_grad()
     def load_weights(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-        """Copy the result of `weights` into the model and into its fp32 master copies."""
+        """Copy the result of `weights` into the model and into its fp32 master copies.
+
+        Raises:
+            ValueError: a tensor has another shape, or no floating-point numbers.
+        """
         masters = self._master_weights()
         for name, tensor in model.state_dict(keep_vars=True).items():
+            if weights[name].shape != tensor.shape or not weights[name].is_floating_point():
+                raise ValueError(f"{name} is not a weight of this model")
             tensor.copy_(weights[name])
             if tensor in masters:
                 masters[tensor].copy_(weights[name])
@@ -113,7 +119,14 @@ class Precision:
         return {"skipped": self.skipped, "skipped_in_a_row": self._consecutive_skips}
 
     def import_state(self, state: Mapping[str, Any]) -> None:
-        """Restore the state that `export_state` returned; call it after `prepare`."""
+        """Restore the state that `export_state` returned; call it after `prepare`.
+
+        Raises:
+            ValueError: an entry has another type.
+        """
+        for name, own in self.export_state().items():
+            if isinstance(own, (int, float)) and not isinstance(state[name], (int, float)):
+                raise ValueError(f"{name} is no number")
         self.skipped, self._consecutive_skips = state["skipped"], state["skipped_in_a_row"]
 
 

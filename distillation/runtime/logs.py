@@ -14,38 +14,30 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from data_processing.files import open_own
+from distillation.runtime.console import MessageFormatter
 from distillation.runtime.device import Process, synchronize
-from distillation.runtime.files import AppendedFile, check_can_make, locked, make_folder
-from transformer.errors import UserError, printable
+from distillation.runtime.files import (
+    AppendedFile,
+    check_can_append,
+    check_can_make,
+    check_is_in_place,
+    locked,
+    make_folder,
+)
+from transformer.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 _METRICS_NAME, _MESSAGES_NAME = "metrics.jsonl", "debug_layer_loss.log"
 _SECONDS_BETWEEN_VALUES = 1.0  # on a progress bar: reading them synchronizes the device
 _WARM_UP_STEPS = 10
-
-
-class MessageFormatter(logging.Formatter):
-    """Format a message as one line in which nothing that it quotes controls a terminal."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        record.message = printable(record.message)
-        return super().formatMessage(record)
-
-
-def show_messages(enabled: bool = True) -> None:
-    """Print this project's messages to standard output, a plain line each; where not enabled, only errors."""
-    if not enabled:
-        logging.basicConfig(level=logging.ERROR, force=True)
-        return
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(MessageFormatter("%(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
 
 
 def text_line(label: str, epoch: int, step: int, fps: float, acc: float | None = None) -> str:
@@ -67,12 +59,20 @@ def check_logs(folder: Path, name: str) -> None:
     """
     check_can_make(folder, "--fps_acc_dir")
     for path in (*log_files(folder, name), folder / _MESSAGES_NAME):
-        if path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
-            raise UserError(f"{path}: the log cannot be written (it is a folder, or another user's)")
+        check_can_append(path)
 
 
 class _MessageFile(logging.FileHandler):
-    """A file of messages; a failed write ends the run."""
+    """A file of messages; a failed write ends the run, and so does the removal of the file."""
+
+    def _open(self) -> TextIOWrapper:
+        descriptor = open_own(Path(self.baseFilename), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        return TextIOWrapper(os.fdopen(descriptor, "ab"), encoding=self.encoding)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.stream is not None:
+            check_is_in_place(self.stream.fileno(), Path(self.baseFilename))
+        super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
@@ -139,7 +139,7 @@ def sync(paths: Iterable[Path]) -> None:
     """
     for path in paths:
         try:
-            descriptor = os.open(path, os.O_RDWR)
+            descriptor = open_own(path, os.O_RDWR)
         except OSError:  # removed, or another user's by now: the run appends nothing to it any more
             continue
         try:
@@ -180,8 +180,8 @@ def roll_back(sizes: Mapping[Path, int], run_id: str) -> list[Path]:
 
 def _rewrite(path: Path, size: int, choose: Callable[[list[bytes]], list[bytes]]) -> None:
     """Replace the lines behind the first `size` bytes of a file by those that `choose` returns."""
-    with path.open("rb+") as file, locked(file.fileno()):
-        if path.stat().st_size <= size:
+    with open(open_own(path, os.O_RDWR), "rb+") as file, locked(file.fileno()):
+        if os.fstat(file.fileno()).st_size <= size:
             return
         if size:  # mostly behind a line break; not if another run has removed lines of its own before it
             file.seek(size - 1)

@@ -1,4 +1,6 @@
-"""How a process of a run ends early: by SIGINT (Ctrl-C) or SIGTERM, by another's failure, or with its parent process.
+"""How a process of a run ends early: by a signal, by another's failure, or with its parent process.
+
+The signals are SIGINT (Ctrl-C), SIGTERM, and SIGHUP (a closed terminal) unless nohup has it ignored.
 
 A run that trains finishes its step, or gives up its evaluation, and saves; any other run ends at once. Each prints one
 line. A second signal ends the process at once. This module does not know what is saved.
@@ -13,13 +15,19 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import NoReturn
 
-ENDING = (signal.SIGINT, signal.SIGTERM)
+from distillation.runtime.console import prepare_streams
+
+ENDING = tuple(
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP; nohup has it ignored
+    if hasattr(signal, name) and not (name == "SIGHUP" and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN)
+)
 # torchrun sends its processes a signal that they already have from the terminal.
 _SECONDS_OF_ONE_SIGNAL = 1.0
 
@@ -107,9 +115,9 @@ def blocked() -> Iterator[None]:
 
 
 def leave_signals_to_parent() -> None:
-    """Ignore SIGINT, which the terminal sends to the parent process too; let SIGTERM end this process at once."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """Ignore signals that a terminal sends to the parent process too; let SIGTERM end this process at once."""
+    for number in ENDING:  # SIGTERM never becomes SIG_IGN, which would discard one that was sent while it was blocked
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
     _unblock()
 
 
@@ -140,10 +148,15 @@ def leave(status: int = 0) -> NoReturn:
 
 
 def end_quietly(prog: str) -> None:
-    """Let a signal end this process with one line while an entry imports its modules, which takes seconds."""
+    """Let a signal end this process with one line while an entry imports its modules, which takes seconds.
+
+    The standard streams are prepared too, before a module opens a file.
+    """
+    prepare_streams()
 
     def end(number: int, frame: FrameType | None) -> NoReturn:
-        os.write(2, f"{prog}: stopped by {signal.Signals(number).name}\n".encode())
+        with suppress(OSError):  # nobody reads the output any more
+            os.write(2, f"{prog}: stopped by {signal.Signals(number).name}\n".encode())
         os._exit(128 + number)
 
     for number in ENDING:

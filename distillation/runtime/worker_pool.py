@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from distillation.runtime.console import show_messages
 from distillation.runtime.device import open_device, prepare_process, share_cores
-from distillation.runtime.logs import show_messages
 from distillation.runtime.signals import RunFailed, blocked, exit_with_parent, leave_signals_to_parent
 
 _PENDING = 2  # items of each process that are read before the first of them is done

@@ -2,15 +2,18 @@
 
 They take some hundred kilobytes per example, more than memory has room for. They lie in the cache as two flat files,
 `hidden` and `scores`: each example's values side by side, without padding, the longest example first. A training
-step copies those of its examples out of memory maps.
+step copies those of its examples out of memory maps. `checksums` has one of each example's values in each file; a run
+that finds the entry of an earlier one compares them once.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from pathlib import Path
@@ -20,7 +23,7 @@ import torch
 from torch import Tensor
 
 from data_processing.batching import Batch
-from data_processing.cache import Cache, digest, write_values
+from data_processing.cache import CHECKSUMS, Cache, checksum, digest, write_values
 from distillation.runtime.device import Process
 from distillation.runtime.logs import Progress, clock
 from distillation.teacher.query import TeacherQuery
@@ -31,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 _KIND = "teacher_states"
 _LENGTH = -1  # in a shape: the example's length
+_CHECKED_TOGETHER = 64  # examples, by one thread
 _SAMPLE = 64  # examples whose values are compared when a run is resumed
 # numpy has no bf16: the file holds its bits.
 _STORED: dict[torch.dtype, np.dtype] = {
@@ -92,22 +96,33 @@ class Layout:
         # The longest first: if memory suffices for them, it suffices for all.
         return np.argsort(-self.lengths, kind="stable")
 
+    def bounds(self, part: Part) -> np.ndarray:
+        """Return [examples + 1]: where the values of each example of `order` begin, and where the last ones end."""
+        return np.concatenate([[0], np.cumsum(part.sizes(self.lengths[self.order]))])
+
     def starts(self, part: Part) -> np.ndarray:
         """Return [examples + 1]: the position of each example's first value, and the number of all values."""
-        ends = np.cumsum(part.sizes(self.lengths[self.order]))
-        starts = np.zeros(len(self.order) + 1, dtype=np.int64)
-        starts[self.order[1:]] = ends[:-1]
-        starts[-1] = ends[-1]
+        bounds = self.bounds(part)
+        starts = np.empty_like(bounds)
+        starts[self.order], starts[-1] = bounds[:-1], bounds[-1]
         return starts
 
 
 @dataclass(frozen=True)
 class _Values:
-    """A part's values: flat, mapped into memory, with the start of each example's."""
+    """A part's values: flat, mapped into memory, with the start of each example's; and the mapped file."""
 
     part: Part
     values: np.ndarray
     starts: np.ndarray
+    path: str
+    size: int
+
+    def check_is_whole(self) -> None:
+        """Raise a UserError if the file was cut since it was mapped: reading the lost part would kill the process."""
+        with contextlib.suppress(FileNotFoundError):  # removed to make room: what is mapped stays
+            if os.stat(self.path).st_size < self.size:
+                raise UserError(f"{self.path}: was cut while the run read it; the same command makes it again")
 
     def padded(self, examples: np.ndarray, lengths: np.ndarray, width: int) -> Tensor:
         """Return [batch, *shape] with 0 at padding."""
@@ -129,10 +144,13 @@ class CachedStates:
 
     def __init__(self, layout: Layout, arrays: dict[str, np.ndarray]) -> None:
         self._layout = layout
-        # A plain view of each map: slicing numpy's memmap class takes longer.
-        self._values = {
-            part.name: _Values(part, arrays[part.name].view(np.ndarray), layout.starts(part)) for part in layout.parts
-        }
+        self._values = {}
+        for part in layout.parts:
+            file = arrays[part.name]
+            assert isinstance(file, np.memmap)
+            # A plain view of the map: slicing numpy's memmap class takes longer.
+            values, size = file.view(np.ndarray), file.offset + file.nbytes
+            self._values[part.name] = _Values(part, values, layout.starts(part), str(file.filename), size)
 
     def add_to(self, batch: Batch) -> Batch:
         """Return a batch, in CPU memory, together with the cached values of its examples."""
@@ -156,6 +174,8 @@ class CachedStates:
 
     def _padded(self, examples: np.ndarray, width: int) -> dict[str, Tensor]:
         lengths = self._layout.lengths[examples]
+        for values in self._values.values():
+            values.check_is_whole()
         return {name: values.padded(examples, lengths, width) for name, values in self._values.items()}
 
 
@@ -177,12 +197,15 @@ def load_or_compute_states(query: TeacherQuery, layers: tuple[tuple[int, ...], t
     """
     process, examples, layout = query.predictor.process, len(query.features), Layout.of(query, layers)
     key = query.key(states=[layout.hidden_layers, layout.attention_layers])
+    peers = _ranks_of_this_machine(process)
     arrays = _find(query.cache, key, layout)
+    if arrays is not None and not _is_intact(arrays, layout, process.rank - peers.start, len(peers)):
+        query.cache.report_damage(_KIND, key)
+        arrays = None
     found = process.gather(arrays is not None)
     if all(found):
         logger.info("the teacher's states of %d examples were cached by an earlier run", examples)
     else:
-        peers = _ranks_of_this_machine(process)
         try:
             _compute(query, layout, key, peers, needed=not all(found[rank] for rank in peers))
             with process.raise_on_all_ranks(), _as_user_errors(query.cache):
@@ -237,7 +260,8 @@ def _compute(query: TeacherQuery, layout: Layout, key: str, peers: range, needed
 def _files(query: TeacherQuery, layout: Layout) -> tuple[dict[str, tuple[int, np.dtype]], int]:
     """Return each file's number of values and type, which one short batch shows, and the bytes of all."""
     probe = _outputs(query, layout, layout.order[-1:])
-    files = {part.name: (int(layout.starts(part)[-1]), _STORED[probe[part.name].dtype]) for part in layout.parts}
+    files = {part.name: (int(layout.bounds(part)[-1]), _STORED[probe[part.name].dtype]) for part in layout.parts}
+    files[CHECKSUMS] = len(layout.order) * len(layout.parts), np.dtype(np.uint32)
     return files, sum(count * dtype.itemsize for count, dtype in files.values())
 
 
@@ -251,16 +275,20 @@ def _write(query: TeacherQuery, layout: Layout, folder: Path, peers: range) -> N
         OSError: a file cannot be written.
     """
     process, size = query.predictor.process, query.predictor.batch_size
-    starts = {part.name: layout.starts(part) for part in layout.parts}
-    batches = [layout.order[i : i + size] for i in range(0, len(layout.order), size)]
-    own = batches[process.rank - peers.start :: len(peers)]
+    bounds = {part.name: layout.bounds(part) for part in layout.parts}
+    own = range(0, len(layout.order), size)[process.rank - peers.start :: len(peers)]
     progress = Progress("teacher states", len(own), process.is_main, unit="batch")
     with contextlib.closing(progress):
-        for examples in own:
+        for first in own:
+            examples = layout.order[first : first + size]
             outputs = _outputs(query, layout, examples)
-            for part in layout.parts:
+            checksums = np.empty((len(examples), len(layout.parts)), dtype=np.uint32)
+            for number, part in enumerate(layout.parts):
                 values = _without_padding(part, _as_stored(outputs[part.name]), layout.lengths[examples])
-                write_values(folder / f"{part.name}.npy", int(starts[part.name][examples[0]]), values)
+                ends = bounds[part.name][first : first + len(examples) + 1]
+                write_values(folder / f"{part.name}.npy", int(ends[0]), values)
+                checksums[:, number] = [checksum(of_one) for of_one in np.split(values, ends[1:-1] - ends[0])]
+            write_values(folder / f"{CHECKSUMS}.npy", first * len(layout.parts), checksums)
             progress.advance()
 
 
@@ -298,10 +326,32 @@ def _without_padding(part: Part, padded: np.ndarray, lengths: np.ndarray) -> np.
 
 def _find(cache: Cache, key: str, layout: Layout) -> dict[str, np.ndarray] | None:
     """Return the files' arrays where all of them exist in their full size."""
-    arrays = cache.get(_KIND, key, [part.name for part in layout.parts])
-    if arrays is None or any(arrays[part.name].shape != (layout.starts(part)[-1],) for part in layout.parts):
+    shapes = {part.name: (layout.bounds(part)[-1],) for part in layout.parts}
+    shapes[CHECKSUMS] = (len(layout.order) * len(layout.parts),)
+    arrays = cache.open(_KIND, key, shapes)
+    if arrays is None:
+        return None
+    if any(arrays[name].shape != shape for name, shape in shapes.items()):
+        cache.report_damage(_KIND, key)
         return None
     return arrays
+
+
+def _is_intact(arrays: dict[str, np.ndarray], layout: Layout, share: int, shares: int) -> bool:
+    """Return whether the values of a share of the examples are those that were saved."""
+    checksums = arrays[CHECKSUMS].reshape(-1, len(layout.parts))
+    files = [(arrays[part.name].view(np.ndarray), layout.bounds(part)) for part in layout.parts]
+
+    def check(places: np.ndarray) -> bool:
+        return all(
+            checksum(values[bounds[place] : bounds[place + 1]]) == checksums[place, number]
+            for place in places.tolist()
+            for number, (values, bounds) in enumerate(files)
+        )
+
+    own = np.array_split(np.arange(len(layout.order)), shares)[share]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return all(pool.map(check, np.array_split(own, len(own) // _CHECKED_TOGETHER + 1)))
 
 
 def _ranks_of_this_machine(process: Process) -> range:

@@ -27,9 +27,11 @@ def uniform_layer_map(student_layers: int, teacher_layers: int) -> tuple[int, ..
     """
     block, rest = divmod(teacher_layers, student_layers)
     if rest:
+        spread = [-(-layer * teacher_layers // student_layers) for layer in range(1, student_layers + 1)]
         raise UserError(
             f"the teacher has {teacher_layers} layers and the student {student_layers}: the uniform layer map "
-            "needs a teacher whose depth is a multiple of the student's; --layer_map gives another"
+            "needs a teacher whose depth is a multiple of the student's; give another, such as "
+            f"--layer_map {','.join(map(str, spread))}"
         )
     return tuple(block * layer for layer in range(1, student_layers + 1))
 

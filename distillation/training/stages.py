@@ -51,13 +51,13 @@ class IntermediateStage:
 
     layer_map: for each student layer the teacher's layer, counted from 1.
     padding_counts: whether the means run over padding too, as the original's do.
-    parts: the losses in use, of `attention`, `hidden` and `embedding`.
+    loss_names: the losses in use, of `attention`, `hidden` and `embedding`.
     """
 
     teacher: Teacher
     layer_map: tuple[int, ...]
     padding_counts: bool
-    parts: tuple[str, ...] = ("attention", "hidden", "embedding")
+    loss_names: tuple[str, ...] = ("attention", "hidden", "embedding")
     schedule: str = "none"
     by_metric: bool = False
 
@@ -65,30 +65,30 @@ class IntermediateStage:
     def unused(self) -> tuple[str, ...]:
         own = range(1, len(self.layer_map) + 1)
         unused = ["classifier.", "bert.pooler."]
-        if "hidden" not in self.parts:
+        if "hidden" not in self.loss_names:
             unused += [f"fit_denses.{layer}." for layer in own]
-            if "attention" in self.parts:  # the last layer's scores need its queries and keys only
+            if "attention" in self.loss_names:  # the last layer's scores need its queries and keys only
                 last = f"bert.encoder.layer.{len(self.layer_map) - 1}."
                 unused += [last + part for part in ("attention.self.value.", "attention.output.", "intermediate.")]
                 unused += [last + "output."]
             else:
                 unused += ["bert.encoder."]
-        if "embedding" not in self.parts:
+        if "embedding" not in self.loss_names:
             unused += ["fit_denses.0."]
-        if self.parts == ("attention",):
+        if self.loss_names == ("attention",):
             unused += ["fit_dense."]
         return tuple(unused)
 
     @property
     def teacher_layers(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The teacher's layers whose hidden states are read (0 is the embedding output), and whose scores are."""
-        return self._hidden_layers()[1], self.layer_map if "attention" in self.parts else ()
+        return self._hidden_layers()[1], self.layer_map if "attention" in self.loss_names else ()
 
     def prepare(self, batch: Batch) -> Batch:
         return self.teacher.add_cached_states(batch)
 
     def losses(self, model: Callable[..., TinyBertOutput], batch: Batch, denominators: LossDenominators) -> LossTerms:
-        attention = "attention" in self.parts
+        attention = "attention" in self.loss_names
         student_layers = self._hidden_layers()[0]
         teacher = self.teacher.states(batch, *self.teacher_layers)
         student = model(
@@ -110,8 +110,8 @@ class IntermediateStage:
 
     def _hidden_layers(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The student's layers whose hidden states are compared (0 is the embedding output), and the teacher's."""
-        embedding = (0,) if "embedding" in self.parts else ()
-        if "hidden" not in self.parts:
+        embedding = (0,) if "embedding" in self.loss_names else ()
+        if "hidden" not in self.loss_names:
             return embedding, embedding
         return (*embedding, *range(1, len(self.layer_map) + 1)), (*embedding, *self.layer_map)
 

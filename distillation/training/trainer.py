@@ -25,6 +25,7 @@ from data_processing.batching import Batch, LossDenominators, Step, TrainingPlan
 from data_processing.features import Features
 from data_processing.tasks import Task
 from distillation.checkpoints.checkpoint import Checkpointer
+from distillation.checkpoints.folder_state import CHECKPOINT_NAME, reading_checkpoint
 from distillation.checkpoints.outputs import write_results
 from distillation.evaluation import DevSets, Interrupted, Predictor
 from distillation.models import LoadedModel
@@ -237,27 +238,35 @@ class Trainer:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
-        """Continue from what `state_dict` returned, in a Trainer with the same settings; None: from scratch."""
+        """Continue from what `state_dict` returned, in a Trainer with the same settings; None: from scratch.
+
+        Raises:
+            UserError: the state is not one of this run.
+        """
         if state is None:
             return
         self._warm_up_ddp()
-        self.outcome.steps, self.outcome.best, self.outcome.best_step = state["step"], state["best"], state["best_step"]
-        self.metric = state["metric"]
-        self.meter.resume(state["examples"], state["seconds"], state["paused"])
-        self.precision.load_weights(self.bare_model, state["weights"])
-        self.precision.import_state(state["precision"])
-        self.optimizer.import_state(state["optimizer"])
-        set_random_state(self.process, state["random"][self.process.rank])
-        if state["unevaluated"] is not None:
-            self._unevaluated = state["unevaluated"][self.process.rank]
+        with reading_checkpoint(self.options.output_dir / CHECKPOINT_NAME):
+            step, others = state["step"], (state["best_step"], state["optimizer"]["steps_taken"])
+            if not 0 < step <= self.total_steps or max(others) > step or min(others) < 0:
+                raise ValueError(f"{step}, {others[0]} and {others[1]} of {self.total_steps} steps")
+            self.outcome.steps, self.outcome.best = step, state["best"]
+            self.outcome.best_step, self.metric = state["best_step"], state["metric"]
+            self.meter.resume(state["examples"], state["seconds"], _floats(state["paused"]))
+            self.precision.load_weights(self.bare_model, state["weights"])
+            self.precision.import_state(state["precision"])
+            self.optimizer.import_state(state["optimizer"])
+            set_random_state(self.process, state["random"][self.process.rank])
+            if state["unevaluated"] is not None:
+                self._unevaluated = _floats(state["unevaluated"][self.process.rank])
 
     def _steps(self) -> Iterator[tuple[int, int, list[Batch], LossDenominators]]:
         """Yield every step that is left: its epoch, its number in the epoch, its batches, its denominators."""
         epoch, done = divmod(self.outcome.steps, self.plan.steps_per_epoch)
         while self.outcome.steps < self.total_steps:
             steps = islice(self.plan.epoch(epoch), done, done + self.total_steps - self.outcome.steps)
-            with contextlib.closing(prefetch(self._collate, steps, self.options.workers)) as prepared:
-                for number, step in enumerate(self.timings.iterate("data", prepared), start=done):
+            with contextlib.closing(prefetch(self._collate, steps, self.options.workers)) as prefetched:
+                for number, step in enumerate(self.timings.iterate("data", prefetched), start=done):
                     yield epoch, number, *step
             epoch, done = epoch + 1, 0
 
@@ -271,7 +280,7 @@ class Trainer:
     ) -> None:
         """Do what is due after a step: evaluation, log line, checkpoint, or the end of the run by a signal."""
         last = self.outcome.steps == self.total_steps
-        evaluates = last or self.outcome.steps % self.options.eval_step == 0
+        evaluates = last or self._evaluation_is_due(number)
         logs = last or self.outcome.steps % self.options.output_txt_step == 0
         if evaluates or logs or self.process.device.type == "cpu":
             self.finite_check.raise_if_noted()
@@ -284,6 +293,12 @@ class Trainer:
             self._write_line(epoch, number, loss_terms)
         if not last:
             self._save_if_due(checkpointer, pauses=evaluates or number + 1 == self.plan.steps_per_epoch)
+
+    def _evaluation_is_due(self, number: int) -> bool:
+        """Return whether --eval_step asks for an evaluation, or an epoch ends in which it asked for none."""
+        step, every, steps_per_epoch = self.outcome.steps, self.options.eval_step, self.plan.steps_per_epoch
+        ends_without = number + 1 == steps_per_epoch and step // every == (step - steps_per_epoch) // every
+        return step % every == 0 or (ends_without and not self.options.performance)
 
     def _evaluate(self, checkpointer: Checkpointer) -> float:
         """Evaluate the model on every dev file; log the results and return the metric that chooses."""
@@ -323,12 +338,15 @@ class Trainer:
         self.log.line(epoch, number, fps, self.metric)
         rate = self.optimizer.rate(self.optimizer.param_groups[0], max(0, self.optimizer.steps_taken - 1))
         values = {"loss": sum(terms.values()), **terms, "learning_rate": rate, "fps": fps}
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items() if value or name != "fps")
+        logger.info("step %d of %d, epoch %d: %s", self.outcome.steps, self.total_steps, epoch + 1, shown)
         self.log.record("train", epoch=epoch, step=self.outcome.steps, **values)
 
     def _progress_values(self, loss_terms: dict[str, Tensor]) -> dict[str, str]:
         # The other processes' shares are not known here; they are similar.
         loss = self.process.world_size * sum(map(float, loss_terms.values()))
-        return {"loss": f"{loss:.4f}", "FPS": f"{self.meter.fps():.1f}"}
+        fps = self.meter.fps()  # 0 in the first steps, which do not count
+        return {"loss": f"{loss:.4f}", **({"FPS": f"{fps:.1f}"} if fps else {})}
 
     def _wrap_in_ddp(self, model: nn.Module) -> nn.Module:
         if self.process.world_size == 1:
@@ -378,6 +396,10 @@ def has_few_words_per_step(plan: TrainingPlan, words: int) -> bool:
     Each process then receives the others' rows beside its own. The tokens of a step are an upper bound of its words.
     """
     return plan.world_size == 1 or plan.batch_size * float(plan.lengths.mean()) < words
+
+
+def _floats(values: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in values.items()}
 
 
 def _on_cpu(value: Any) -> Any:

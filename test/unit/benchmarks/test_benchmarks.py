@@ -193,6 +193,7 @@ def test_features_prints_each_number_of_rows_and_each_process(folders):
 @pytest.mark.slow
 def test_inference_prints_both_models(folders):
     _, *lines = table("inference.py", *folders, "--size", "tiny", "--repetitions", "1")
+    lines = [line for line in lines if not line.endswith("stays in fp32")]  # on a processor without bf16
     assert len(lines) == 3
     assert all(float(figure) > 0 for line in lines for figure in line[54:].split()[:2])
 

@@ -14,7 +14,7 @@ from cases import write_rows
 from data_processing import features
 from data_processing.cache import Cache, default_folder, digest, write_values
 from data_processing.features import load_features
-from data_processing.files import file_digest, try_lock
+from data_processing.files import file_digest, lock
 from data_processing.tasks import find_task
 from transformer.tokenization import BertTokenizer
 
@@ -108,6 +108,48 @@ def test_a_broken_entry_is_replaced(tmp_path, tokenized):
     assert len(tokenized) == 4
 
 
+def rewrite(path: Path, change) -> None:
+    np.save(path, change(np.load(path)))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("tokens", lambda ids: ids + 20_000),
+        ("tokens", lambda ids: ids[:-1]),
+        ("tokens", lambda ids: ids.view(np.int16)),
+        ("offsets", lambda offsets: offsets + 1),
+        ("first_lengths", lambda lengths: lengths[::-1] - 9),
+        ("labels", lambda labels: labels.astype(np.float64) * np.nan),
+        ("labels", lambda labels: labels.reshape(1, -1)),
+        ("checksums", lambda checksums: checksums[:-1]),
+    ],
+)
+def test_an_entry_with_other_values_is_named_and_made_again(tmp_path, tokenized, caplog, name, change):
+    cache, path, words = Cache(tmp_path / "c", LARGE), write_rows(tmp_path / "train.tsv", ROWS), tokenizer(tmp_path)
+    expected = load_features(path, SST2, words, 16, cache)
+    (entry,) = (tmp_path / "c/features").iterdir()
+    rewrite(entry / f"{name}.npy", change)
+    for _ in range(2):
+        found = load_features(path, SST2, words, 16, cache)
+        assert all(np.array_equal(getattr(found, field), values) for field, values in vars(expected).items())
+    assert len(tokenized) == 2
+    assert caplog.text.count(str(entry)) == 1
+
+
+@pytest.mark.parametrize("content", [b"PK\x03\x04", b"\x93NUMPY\x01\x00\x04\x00((((", b"\x80\x04cposix\nsystem\n"])
+def test_an_entry_that_is_no_array_is_made_again(tmp_path, tokenized, content):
+    cache, path, words = Cache(tmp_path / "c", LARGE), write_rows(tmp_path / "train.tsv", ROWS), tokenizer(tmp_path)
+    load_features(path, SST2, words, 16, cache)
+    (entry,) = (tmp_path / "c/features").iterdir()
+    (entry / "tokens.npy").write_bytes(content)
+    load_features(path, SST2, words, 16, cache)
+    (entry / "tokens.npy").unlink()
+    os.mkfifo(entry / "tokens.npy")
+    load_features(path, SST2, words, 16, cache)
+    assert len(tokenized) == 3
+
+
 def test_a_run_works_without_a_cache_folder(tmp_path, caplog):
     path, words = write_rows(tmp_path / "train.tsv", ROWS), tokenizer(tmp_path)
     (tmp_path / "file").write_text("no folder")
@@ -180,7 +222,7 @@ def test_files_of_the_user_in_the_cache_folder_are_never_removed(tmp_path):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(b"x" * 5000)
         os.utime(file.parent, (0, 0))
-    cache = Cache(tmp_path, 1000)
+    cache = Cache(tmp_path, 1100)
     for number in (5, 6):
         cache.put("features", key(number), {"x": np.zeros(100)})
     assert all(file.is_file() for file in own)
@@ -200,10 +242,10 @@ def test_a_pending_entry_is_found_once_it_is_kept(tmp_path):
     assert entries(tmp_path)[0].startswith("making-")
     write_values(entry.folder / "x.npy", 4, np.array([4, 5], dtype=np.float32))
     write_values(entry.folder / "x.npy", 1, np.array([[1], [2]], dtype=np.float32))
-    assert cache.get("features", key(1), ["x"]) is None
+    assert cache.open("features", key(1), ["x"]) is None
     entry.keep()
     entry.discard()  # does nothing to an entry that was kept
-    found = cache.get("features", key(1), ["x", "y"])
+    found = cache.open("features", key(1), ["x", "y"])
     assert (found["x"].tolist(), found["x"].dtype) == ([0, 1, 2, 0, 4, 5], np.float32)
     assert (found["y"].tolist(), found["y"].dtype) == ([0, 0], np.uint16)
     assert entries(tmp_path) == ["key1"]
@@ -227,7 +269,7 @@ def test_the_pending_entry_of_a_stopped_process_is_removed(tmp_path, kind):
     assert not stopped.exists()
     assert elsewhere.exists()
     running.keep()
-    assert cache.get("features", key(1), ["x"]) is not None
+    assert cache.open("features", key(1), ["x"]) is not None
 
 
 def test_a_pending_entry_is_removed_a_day_after_its_last_change(tmp_path):
@@ -239,15 +281,15 @@ def test_a_pending_entry_is_removed_a_day_after_its_last_change(tmp_path):
     write_values(running.folder / "x.npy", 0, np.ones(1, dtype=np.float32))
     cache.put("features", key(2), {"x": np.zeros(3)})
     running.keep()
-    assert cache.get("features", key(1), ["x"])["x"].tolist() == [1, 0, 0, 0, 0, 0]
+    assert cache.open("features", key(1), ["x"])["x"].tolist() == [1, 0, 0, 0, 0, 0]
 
 
 def test_a_lock_is_held_until_its_descriptor_is_closed(tmp_path):
-    lock = try_lock(tmp_path)
-    assert lock is not None
-    assert try_lock(tmp_path) is None
-    os.close(lock)
-    os.close(try_lock(tmp_path))
+    first = lock(tmp_path)
+    with pytest.raises(BlockingIOError):
+        lock(tmp_path)
+    os.close(first)
+    os.close(lock(tmp_path))
 
 
 def test_concurrent_runs_stay_within_the_limit_together(tmp_path):
@@ -273,4 +315,4 @@ def test_concurrent_runs_that_keep_the_same_entry_leave_one(tmp_path, monkeypatc
     monkeypatch.setattr(Path, "rename", late)
     ours.keep()
     assert entries(tmp_path) == ["key1"]
-    assert cache.get("features", key(1), ["x"])["x"].shape == (6,)
+    assert cache.open("features", key(1), ["x"])["x"].shape == (6,)

@@ -62,6 +62,15 @@ def test_student_layer_m_is_teacher_layer_2m(sst2):
     assert "3 layers, hidden 48, intermediate 96, 0.1 million parameters" in words
 
 
+@pytest.mark.parametrize(("layer_map", "layers"), [("1,4,5", (1, 4, 5)), ("top", (4, 5, 6))])
+def test_the_layer_map_chooses_the_copied_layers(sst2, layer_map, layers):
+    make_new(sst2, layer_map=layer_map)
+    teacher, student = read_bin(sst2.teacher), read_bin(sst2.folder / "new")
+    key = "bert.encoder.layer.{}.output.dense.weight"
+    for ours, theirs in enumerate(layers):
+        assert torch.equal(student[key.format(ours)], teacher[key.format(theirs - 1)])
+
+
 def test_the_folder_is_complete_and_has_the_teachers_settings(sst2):
     settings = {
         "architectures": ["BertForSequenceClassification"],
@@ -82,7 +91,6 @@ def test_the_folder_is_complete_and_has_the_teachers_settings(sst2):
     ("sizes", "copied"),
     [
         ({"intermediate_size": 64}, ("bert.embeddings.", "bert.pooler.", "classifier.")),
-        ({"hidden_size": 32}, ()),
     ],
 )
 def test_a_module_is_copied_only_if_all_its_shapes_are_equal(sst2, sizes, copied):
@@ -129,7 +137,13 @@ def test_a_published_encoder_without_prefix_and_with_gamma_and_beta_is_read(sst2
 @pytest.mark.parametrize(
     ("changes", "facts"),
     [
-        ({"num_hidden_layers": 4}, ["6 layers", "4"]),
+        ({"num_hidden_layers": 4}, ["6 layers", "4", "--layer_map 2,3,5,6"]),
+        ({"num_hidden_layers": 5}, ["6 layers", "5", "--layer_map 2,3,4,5,6"]),
+        ({"layer_map": "1,2"}, ["--layer_map 1,2", "3"]),
+        ({"layer_map": "1,2,7"}, ["--layer_map 1,2,7", "6 layers"]),
+        ({"layer_map": "last"}, ["--layer_map last"]),
+        ({"hidden_size": 32}, ["teacher_layers", "--hidden_size 48"]),
+        ({"hidden_size": 32, "intermediate_size": 64}, ["teacher_layers", "--intermediate_size 96"]),
         ({"num_hidden_layers": 0}, ["num_hidden_layers is 0"]),
         ({"hidden_size": 50}, ["hidden_size is 50", "num_attention_heads 4"]),
         ({"intermediate_size": -1}, ["intermediate_size is -1"]),

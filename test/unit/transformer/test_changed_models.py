@@ -74,3 +74,11 @@ def test_without_a_run_json_of_this_project_there_is_no_warning(place: Workplace
         (place.teacher / "run.json").write_bytes(content)
     edit_config(place.teacher, hidden_dropout_prob=0.2)
     assert warned_in_evaluation(place, place.teacher) == []
+
+
+@pytest.mark.parametrize("name", ["config.json", "vocab.txt", "pytorch_model.bin"])
+def test_a_file_that_cannot_be_read_is_refused_by_name(place: Workplace, name: str) -> None:
+    """Reading the start of /proc/self/mem fails for every user, root too."""
+    (place.teacher / name).unlink()
+    (place.teacher / name).symlink_to("/proc/self/mem")
+    assert str(place.teacher / name) in place.fails()

@@ -23,7 +23,7 @@ from small_models import CONFIG, VOCAB
 from data_processing.tasks import find_task
 from distillation.models import load_complete
 from distillation.runs.mlm_head import load_masked_lm
-from distillation.runtime.logs import MessageFormatter
+from distillation.runtime.console import MessageFormatter
 from transformer.errors import UserError, printable
 from transformer.file_utils import read_weights
 from transformer.heads import BertForMaskedLM, TinyBertForSequenceClassification

@@ -45,8 +45,11 @@ def load(folder: Path) -> dict[str, torch.Tensor]:
         lambda key: key.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"),
         lambda key: key.removeprefix("bert."),
         lambda key: f"module.{key}",
+        lambda key: f"module._orig_mod.{key}",
+        lambda key: f"model.{key.removeprefix('bert.')}",
+        lambda key: f"bert.module.{key.removeprefix('bert.')}" if key.startswith("bert.") else key,
     ],
-    ids=["gamma and beta", "bare encoder", "DistributedDataParallel"],
+    ids=["gamma and beta", "bare encoder", "DDP", "DDP and torch.compile", "Lightning, bare encoder", "DDP encoder"],
 )
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_old_key_names_and_files_are_read(folder, rename, zipped):
@@ -179,9 +182,68 @@ def test_a_file_without_a_dictionary_of_tensors_is_refused(folder, content, name
         read_weights(folder)
 
 
-def test_a_folder_without_weights_is_refused(folder):
+def test_other_keys_beside_a_wrapped_model_stay_and_its_prefix_is_logged(folder, caplog):
+    caplog.set_level("INFO")
+    weights = {f"model.{key}": tensor for key, tensor in read_bin(folder).items()}
+    torch.save(weights | {"train_acc.correct": torch.tensor(3)}, folder / "pytorch_model.bin")
+    assert {"classifier.weight", "train_acc.correct"} <= set(read_weights(folder))
+    assert "prefix model." in caplog.text
+
+
+def test_a_file_of_two_models_is_refused_with_both_prefixes(folder):
+    weights = read_bin(folder)
+    both = {f"{name}.{key}": tensor for name in ("student", "teacher") for key, tensor in weights.items()}
+    torch.save(both, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"several models, student\., teacher\."):
+        read_weights(folder)
+
+
+@pytest.mark.parametrize("kind", ["pytorch_model.bin", "model.safetensors"])
+@pytest.mark.parametrize("key", ["bert.encoder.layer.1.output.dense.weight", "classifier.bias"])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda t: (t * 100).to(torch.int8), "int8"),
+        (lambda t: torch.full_like(t, 7, dtype=torch.uint8), "uint8"),
+        (lambda t: t.fill_(float("nan")), "not finite"),
+        (lambda t: t.index_fill(0, torch.tensor([1]), float("-inf")), "not finite"),
+        (lambda t: torch.full_like(t, 1e39, dtype=torch.float64), "not finite"),
+    ],
+    ids=["int8", "uint8", "nan", "one inf", "too large for fp32"],
+)
+def test_weights_that_are_not_floating_point_and_finite_are_refused(folder, kind, key, change, named):
+    weights = read_bin(folder)
+    weights[key] = change(weights[key])
+    (save_file if kind == "model.safetensors" else torch.save)(weights, folder / kind)
+    with pytest.raises(UserError, match=rf"{kind}: {key} .*{named}"):
+        read_weights(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        (None, "distillation.new_student"),
+        ("model.safetensors.index.json", "save_pretrained"),
+        ("pytorch_model.bin.index.json", "save_pretrained"),
+        ("bert_model.ckpt.data-00000-of-00001", "from_tf=True"),
+        ("tf_model.h5", "from_tf=True"),
+        ("flax_model.msgpack", "from_flax=True"),
+    ],
+)
+def test_a_folder_without_weights_is_refused_and_other_forms_are_named(folder, name, advice):
     (folder / "pytorch_model.bin").unlink()
-    with pytest.raises(UserError, match="model: has no weights"):
+    if name is not None:
+        (folder / name).write_bytes(b"{}")
+    with pytest.raises(UserError, match="model: has no weights") as caught:
+        read_weights(folder)
+    assert (name or "") in str(caught.value)
+    assert advice in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+def test_a_git_lfs_pointer_is_named(folder, name):
+    (folder / name).write_bytes(b"version https:" + b"//git-lfs.github.com/spec/v1\noid sha256:0\nsize 440473133\n")
+    with pytest.raises(UserError, match=rf"{name}: is a Git LFS pointer.*git lfs pull"):
         read_weights(folder)
 
 

@@ -20,6 +20,7 @@ from stopped_runs import attempt, dropout_place, in_step, outcome, refused, sign
 from test_apex import NvidiasApex, install
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from data_processing.cache import checksum
 from distillation.checkpoints.folder_state import read_checkpoint
 from distillation.runtime.mixed_precision import ApexMixedPrecision
 
@@ -92,7 +93,7 @@ def test_a_signal_interrupts_an_evaluation_and_the_resumed_run_repeats_it(place:
     flags = {**COMMON, **SETTINGS[setting], "cache_dir": place.folder / "cache", "eval_batch_size": 2}
     whole, stopped = (folders(place, f"{setting} {kind}") for kind in ("evaluated", "interrupted"))
     assert attempt(place, **flags, **whole).status == 0
-    for number, (evaluation, batch, step, earlier) in enumerate([(1, 2, 3, []), (1, 1, 3, []), (3, 3, 8, [4, 4])]):
+    for number, (evaluation, batch, step, earlier) in enumerate([(1, 2, 2, []), (1, 1, 2, []), (4, 3, 8, [4, 4, 4])]):
         with signal_in_evaluation(evaluation, batch) as batches:
             ended = attempt(place, **flags, **stopped, resume=number > 0)
         assert ended.status == 128 + signal.SIGTERM
@@ -221,6 +222,18 @@ class TestResumableRuns:
         lines = (stopped.folder / "other logs" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         assert [line["step"] for line in map(json.loads, lines) if line["event"] == "train"] == [3, 4, 5, 6, 7, 8]
 
+    def test_metrics_in_a_moved_output_folder_are_written_once(self, stopped: Workplace) -> None:
+        """The run has written metrics after its last save, by a fault; then its folder is moved."""
+        self.resume(stopped, output_dir=stopped.folder / "whole")
+        with in_step(4, fail), pytest.raises(ZeroDivisionError):  # after the evaluation of step 6
+            self.resume(stopped, save_steps=100)
+        moved = stopped.model.rename(stopped.folder / "moved")
+        self.resume(stopped, output_dir=moved)
+        texts = [
+            (folder / "eval_results.txt").read_text(encoding="utf-8") for folder in (moved, stopped.folder / "whole")
+        ]
+        assert texts[0] == texts[1]
+
     def test_a_log_that_was_emptied_keeps_whole_lines_once(self, stopped: Workplace) -> None:
         log = stopped.output / "metrics.jsonl"
         log.write_text("", encoding="utf-8")
@@ -264,7 +277,9 @@ class TestResumableRuns:
         weights = [(folder / "pytorch_model.bin").read_bytes() for folder in (stopped.model, stopped.folder / "whole")]
         assert weights[0] == weights[1]
         for entry in (stopped.folder / "cache" / "teacher_logits").iterdir():
-            np.save(entry / "logits.npy", np.load(entry / "logits.npy") + 1)
+            others = np.load(entry / "logits.npy") + 1
+            np.save(entry / "logits.npy", others)
+            np.save(entry / "checksums.npy", np.array([checksum(others)], dtype=np.uint32))
         assert "cached outputs differ" in self.resume(stopped, output_dir=kept)
 
     def test_two_runs_do_not_write_in_one_folder(self, stopped: Workplace) -> None:

@@ -1,4 +1,4 @@
-"""data_augmentation.py as a command: files of every task, processes, the teacher, the script, mistakes."""
+"""data_augmentation.py as a command: the files of every task, processes, --relabel, the script, mistakes."""
 
 import argparse
 import json
@@ -37,8 +37,8 @@ def test_flags_have_the_originals_defaults():
     assert {task.name: task.augmentation_n for task in TASKS} == N | {"MNLI-mm": 10, "WNLI": None}
 
 
-def test_each_text_is_followed_by_its_new_ones(place):
-    """The original as it stands comes first; the others are lower-cased basic tokens; N of the flags counts."""
+def test_each_text_is_followed_by_at_most_n_new_texts(place):
+    """The unchanged row comes first; new texts are lower-cased basic tokens, all different."""
     place.run(N=7)
     assert place.lines()[0] == "sentence\tlabel"
     rest = place.lines()[1:]
@@ -54,7 +54,7 @@ def test_each_text_is_followed_by_its_new_ones(place):
 
 
 def test_quotation_marks_stay_as_they_were_read(tmp_path):
-    """Trap 37: single, at the beginning, doubled; and bytes that are not UTF-8."""
+    """Trap 37: single, at the beginning, doubled; bytes that are not UTF-8 too."""
     place = Place(tmp_path)
     lines = [b"sentence\tlabel", b'"bad movie\t0', b'a ""great"" film\t1', b'"a movie"\t1', b"dull \xff film\t0"]
     (place.data / "train.tsv").write_bytes(b"\n".join(lines) + b"\n")
@@ -66,8 +66,8 @@ def test_quotation_marks_stay_as_they_were_read(tmp_path):
 
 
 @pytest.mark.parametrize("name", [task.name for task in TASKS])
-def test_every_tasks_columns_are_kept_and_read(tmp_path, name):
-    """Trap 38: --N is what is given, and STS-B is found; both sides of pairs, labels and other columns."""
+def test_new_rows_of_every_task_differ_from_their_row_in_one_text(tmp_path, name):
+    """Trap 38: --N has an effect, STS-B is known, and labels and other columns are kept."""
     glue, _ = glue_rows.workplace(tmp_path / "case", name)
     place = Place(tmp_path / "place")
     folder = place.folder / "glue" / ("MNLI" if name == "MNLI-mm" else name)
@@ -101,7 +101,7 @@ def test_every_tasks_columns_are_kept_and_read(tmp_path, name):
 
 
 @pytest.mark.parametrize(("form", "header"), [("csv", True), ("csv", False), ("jsonl", True)])
-def test_a_task_of_ones_own(tmp_path, form, header):
+def test_a_users_own_task_is_augmented(tmp_path, form, header):
     place = Place(tmp_path)
     own = tmp_path / "own"
     own.mkdir()
@@ -129,7 +129,7 @@ def test_a_task_of_ones_own(tmp_path, form, header):
         assert set(ids) == {7, 8}
 
 
-def test_halves_of_characters_in_json_lines_are_replaced_and_bytes_stay(tmp_path):
+def test_lone_surrogates_in_json_lines_are_replaced_and_other_bytes_are_kept(tmp_path):
     task = find_task("SST-2")
     task = replace(task, form="jsonl", text_columns=("text",), label_column="label", has_header=False)
     line = rb'{"text": "a \ud83d b", "label": "1", "\ud83d": [{"\udc00": "\udfff\ud83d\ude00 \u00e9 \ud83d"}], "x": "'
@@ -148,7 +148,7 @@ def test_halves_of_characters_in_json_lines_are_replaced_and_bytes_stay(tmp_path
     assert row.texts == ("a \ufffd b",)
 
 
-def test_rows_that_a_task_leaves_out_are_left_out(tmp_path):
+def test_incomplete_rows_that_a_task_skips_are_not_augmented(tmp_path):
     place = Place(tmp_path)
     rows = [
         ["id", "qid1", "qid2", "question1", "question2", "is_duplicate"],
@@ -162,8 +162,8 @@ def test_rows_that_a_task_leaves_out_are_left_out(tmp_path):
     )
 
 
-def test_a_seed_gives_one_file_whatever_the_number_of_processes_and_threads(place, monkeypatch):
-    """Over several blocks; another seed gives another file."""
+def test_the_file_depends_on_the_seed_and_not_on_the_numbers_of_processes_and_threads(place, monkeypatch):
+    """With rows for several blocks."""
     write_rows(place.data / "train.tsv", many_rows(1300))
     made = {}
     for name, changes in {
@@ -185,7 +185,7 @@ def test_a_seed_gives_one_file_whatever_the_number_of_processes_and_threads(plac
     assert made["one"] != made["seed"]
 
 
-def test_it_runs_as_a_script_and_as_a_module(place):
+def test_the_command_runs_as_a_script_and_as_a_module(place):
     for start in (
         [str(ROOT / "data_processing" / "data_augmentation.py")],
         ["-m", "data_processing.data_augmentation"],
@@ -196,7 +196,7 @@ def test_it_runs_as_a_script_and_as_a_module(place):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"N": 0}, "--N 0: expected 1 to 10000"),
         ({"M": -1}, "--M -1"),
@@ -218,16 +218,15 @@ def test_it_runs_as_a_script_and_as_a_module(place):
         ({"device_list": "0,0"}, "--device_list 0,0"),
         ({"device_list": "a"}, "--device_list a"),
         ({"mlm_context": "none"}, "--mlm_context"),
-        ({"resume": True}, "no unfinished run"),
     ],
     ids=str,
 )
-def test_mistakes_are_told_in_one_line(place, changes, told):
-    assert told in place.fails(**changes)
+def test_a_mistake_in_the_flags_is_one_line(place, changes, message):
+    assert message in place.fails(**changes)
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (b"", "holds no examples"),
         (b"sentence\tlabel\n", "holds no examples"),
@@ -236,15 +235,15 @@ def test_mistakes_are_told_in_one_line(place, changes, told):
         (b"a movie\t1\na film\t0\n", "row 1: is an example"),
     ],
 )
-def test_a_broken_training_file_is_told(place, content, told):
+def test_a_broken_training_file_is_an_error(place, content, message):
     (place.data / "train.tsv").write_bytes(content)
-    assert told in place.fails()
+    assert message in place.fails()
 
 
-def test_models_that_cannot_serve_are_refused(place, tmp_path):
+def test_unsuitable_masked_language_models_are_refused(place, tmp_path):
     bare = masked_lm(tmp_path / "bare", head=False)
-    assert "no masked-LM head" in (told := place.fails(pretrained_bert_model=bare))
-    assert "--train_mlm_head" in told
+    assert "no masked-LM head" in (message := place.fails(pretrained_bert_model=bare))
+    assert "--train_mlm_head" in message
     one = masked_lm(tmp_path / "one", type_vocab_size=1)
     assert "--mlm_context masked" in place.fails(pretrained_bert_model=one)
     place.run(pretrained_bert_model=one, mlm_context="masked")
@@ -261,21 +260,21 @@ def test_models_that_cannot_serve_are_refused(place, tmp_path):
     assert "has no [MASK]" in place.fails(overwrite_output_file=True)
 
 
-def test_without_vectors_words_of_several_pieces_stay(place):
+def test_without_vectors_words_of_several_wordpieces_are_kept(place):
     place.run(glove_embs=None, no_glove=True)
     for line in place.lines()[1:]:
         words = line.split("\t")[0].split()
         assert not {"quickly", "slow", "loving", "unwanted"} & set(words)
-        assert len(words) != 6 or words[0] == "a" or words[1] == "unwantable"  # the third sentence's
+        assert len(words) != 6 or words[0] == "a" or words[1] == "unwantable"  # of the third sentence
 
 
-def test_the_teacher_drops_what_turns_its_class(place, tmp_path):
-    """--relabel: exactly the new texts that the teacher, asked alone, puts into another class are gone."""
+def test_relabel_drops_new_texts_with_another_teacher_label(place, tmp_path):
+    """Exactly the new texts to which the teacher, run on one text, gives another label than to the row's text."""
     golden = cases.Golden("sst2_small").workplace(tmp_path / "golden")
     tokenizer = BertTokenizer.from_pretrained(golden.teacher)
 
-    def leaning(line: str) -> float:
-        """How much more the teacher, asked alone, takes a line's text for the second class than for the first."""
+    def margin(line: str) -> float:
+        """Return the second logit less the first that the teacher gives for a line's text alone."""
         ids = [tokenizer.cls_token_id, *tokenizer.encode_batch([line.split("\t")[0]])[0], tokenizer.sep_token_id]
         with torch.no_grad():
             first, second = teacher(torch.tensor([ids])).logits[0].tolist()
@@ -284,26 +283,26 @@ def test_the_teacher_drops_what_turns_its_class(place, tmp_path):
     place.run(precision="fp32")
     everything = place.lines()[1:]
     teacher = TinyBertForSequenceClassification.from_pretrained(golden.teacher).eval()
-    middle = float(np.median([leaning(line) for line in everything])) + 1e-4
+    middle = float(np.median([margin(line) for line in everything])) + 1e-4
     edit_weights(golden.teacher, lambda weights: weights["classifier.bias"].add_(torch.tensor([middle, 0.0])))
-    said = place.run(relabel="teacher", teacher_model=golden.teacher, overwrite_output_file=True, precision="fp32").out
-    originals, expected, own = ["\t".join(row) for row in SENTENCES], [], False
+    log = place.run(relabel="teacher", teacher_model=golden.teacher, overwrite_output_file=True, precision="fp32").out
+    originals, expected, label = ["\t".join(row) for row in SENTENCES], [], False
     for line in everything:
         if line in originals:
-            own = leaning(line) > middle
-        if (leaning(line) > middle) == own:
+            label = margin(line) > middle
+        if (margin(line) > middle) == label:
             expected.append(line)
     assert place.lines()[1:] == expected
     assert len(SENTENCES) < len(expected) < len(everything)
-    assert f"{len(everything) - len(expected)} more were left out" in said
+    assert f"{len(everything) - len(expected)} more were left out" in log
     (place.folder / "glue" / "STS-B").mkdir()
     assert "is a regression" in place.fails(task_name="STS-B", relabel="teacher", teacher_model=golden.teacher)
 
 
-def test_where_the_augmented_file_is_missing_the_command_is_named(place, sst2):
-    """The message of --aug_train is a command that this parser takes, for tasks of one's own too."""
-    told = sst2.fails(aug_train=True)
-    command = told.partition("or make it: python data_processing/data_augmentation.py ")[2].split()
+def test_a_missing_augmented_file_names_the_command_that_makes_it(place, sst2):
+    """The parser accepts the command in the message of --aug_train; a user's own task gets --task_file."""
+    message = sst2.fails(aug_train=True)
+    command = message.partition("or make it: python data_processing/data_augmentation.py ")[2].split()
     flags = build_augment_parser().parse_args(command)
     assert (flags.task_name, flags.data_dir) == ("SST-2", sst2.data)
     own = augmentation_command(replace(find_task("SST-2"), name="own", augmentation_n=None), Path("d"))
@@ -311,26 +310,28 @@ def test_where_the_augmented_file_is_missing_the_command_is_named(place, sst2):
     assert "--N " in own
 
 
-def test_the_script_has_the_commands_settings(tmp_path):
-    """test/augment_1p.sh: SST-2 by default, every setting a variable."""
+def test_every_setting_of_augment_1p_is_a_variable(tmp_path):
+    """The default is SST-2 with the command's defaults."""
     record = tmp_path / "command"
     recorder = tmp_path / "python"
     recorder.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > "{record}"\n')
     recorder.chmod(0o755)
 
-    def asked(**variables: str) -> argparse.Namespace:
+    def flags_of_script(**variables: str) -> argparse.Namespace:
         environment = {"PATH": os.environ["PATH"], "PYTHON": str(recorder), **variables}
-        subprocess.run(["bash", str(ROOT / "test" / "augment_1p.sh")], env=environment, check=True, timeout=60)
+        subprocess.run(
+            ["bash", str(ROOT / "test" / "augment_1p.sh")], cwd=ROOT, env=environment, check=True, timeout=60
+        )
         first, *flags = record.read_text().splitlines()
         assert first == "data_processing/data_augmentation.py"
         return build_augment_parser().parse_args(flags)
 
-    plain = asked()
+    plain = flags_of_script()
     assert (plain.task_name, plain.data_dir, plain.do_lower_case) == ("SST-2", Path("glue_dir/SST-2"), True)
     assert (plain.pretrained_bert_model, plain.glove_embs) == (Path("bert_base_uncased"), Path("glove.6B.300d.txt"))
     assert (plain.N, plain.M, plain.p, plain.seed, plain.mlm_context) == (None, 15, 0.4, 42, "original")
     assert {plain.resume, plain.overwrite_output_file, plain.no_glove} == {False}
-    other = asked(
+    other = flags_of_script(
         TASK_NAME="RTE",
         DATA_DIR="d",
         BERT_MODEL="b",
@@ -353,4 +354,4 @@ def test_the_script_has_the_commands_settings(tmp_path):
     assert (other.device, other.device_list, other.do_lower_case) == ("cpu", "0,1", False)
     assert other.resume
     assert other.no_glove
-    assert asked(OVERWRITE_OUTPUT_FILE="1").overwrite_output_file
+    assert flags_of_script(OVERWRITE_OUTPUT_FILE="1").overwrite_output_file

@@ -1,13 +1,15 @@
 """data_augmentation.py stopped at any moment: what is done stays, and --resume comes to the undisturbed file."""
 
+import errno
+import fcntl
 import json
 import os
 import random
 import resource
-import shutil
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -49,13 +51,12 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_file(place, devices, ro
     place.made.unlink()
     choose, stops = random.Random(os.urandom(8)), 0
     while not place.made.exists():
-        resumed = (place.data / "train_aug.tsv.unfinished").exists()
-        status, err = run_and_stop(place, choose.uniform(0.0, 0.3), signal.SIGKILL, resume=resumed, **changes)
+        status, err = run_and_stop(place, choose.uniform(0.0, 0.3), signal.SIGKILL, resume=True, **changes)
         assert status in (0, -signal.SIGKILL), err
         stops += status != 0
     assert stops >= 1
     assert place.made.read_bytes() == undisturbed
-    assert sorted(path.name for path in place.data.iterdir()) == ["train.tsv", "train_aug.tsv"]
+    assert sorted(path.name for path in place.data.iterdir()) == ["train.tsv", "train_aug.tsv", "train_aug.tsv.json"]
 
 
 def unfinished(place: Place) -> Path:
@@ -119,6 +120,20 @@ def test_two_runs_of_one_file_are_refused(place):
     place.run()
 
 
+def test_a_file_system_without_locks_takes_the_file(tmp_path, monkeypatch):
+    """NFS locks no folder that is open for reading only."""
+
+    def refuse(*_):
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with ResumableFile(tmp_path / "made.tsv") as file:
+        file.start({})
+        file.add(b"a row\n")
+        file.finish()
+    assert (tmp_path / "made.tsv").read_bytes() == b"a row\n"
+
+
 def test_a_full_disk_is_one_line_and_finished_blocks_stay(tmp_path):
     path, before = tmp_path / "made.tsv", resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -135,6 +150,108 @@ def test_a_full_disk_is_one_line_and_finished_blocks_stay(tmp_path):
     assert path.read_bytes() == b"a row\n"
 
 
+class TestFilesOfOthers:
+    """Only files that a run wrote are changed or removed."""
+
+    NAME = "train_aug.tsv.unfinished"
+
+    @pytest.mark.parametrize("flags", [{}, {"resume": True}, {"overwrite_output_file": True}], ids=str)
+    def test_a_link_in_place_of_the_unfinished_run_is_refused(self, place, flags):
+        photos = place.folder / "photos"
+        photos.mkdir()
+        (photos / "rows").write_text("mine\n")
+        (place.data / self.NAME).symlink_to(photos)
+        assert f"{self.NAME}: is a link" in place.fails(**flags)
+        assert (photos / "rows").read_text() == "mine\n"
+
+    @pytest.mark.parametrize("name", ["notes.txt", "masked_lm/notes.txt", "masked_lm/more/config.json", "rows/a.txt"])
+    def test_a_folder_with_a_file_of_the_users_is_refused(self, place, name):
+        path = place.data / self.NAME / name
+        path.parent.mkdir(parents=True)
+        path.write_text("mine\n")
+        for flags in ({}, {"resume": True}, {"overwrite_output_file": True}):
+            assert self.NAME in place.fails(**flags)
+        assert path.read_text() == "mine\n"
+
+    @pytest.mark.parametrize("name", ["rows", "journal.json", "masked_lm", ".journal.json.abcdefgh.tmp"])
+    def test_a_link_in_the_folder_is_refused(self, place, name):
+        mine = place.folder / "mine.txt"
+        mine.write_text("mine\n")
+        (place.data / self.NAME).mkdir()
+        (place.data / self.NAME / name).symlink_to(mine)
+        assert f"{name}: " in place.fails(overwrite_output_file=True)
+        assert mine.read_text() == "mine\n"
+
+    def test_what_a_user_puts_there_during_a_run_stays(self, tmp_path):
+        path = tmp_path / "made.tsv"
+        with ResumableFile(path) as file:
+            file.start({})
+            (file.folder / "notes.txt").write_text("mine\n")
+            file.add(b"a row\n")
+            file.finish()
+        assert path.read_bytes() == b"a row\n"
+        assert [child.name for child in file.folder.iterdir()] == ["notes.txt"]
+
+    def test_what_a_kill_left_while_the_folder_was_emptied_is_removed(self, place):
+        folder = place.data / self.NAME
+        (folder / "masked_lm").mkdir(parents=True)
+        for name in ("rows", "masked_lm/config.json", "masked_lm/.vocab.txt.abcdefgh.tmp"):
+            (folder / name).write_text("a part")
+        place.run()
+        assert not folder.exists()
+
+
+def test_resume_may_always_be_given(place):
+    """Where nothing was stopped it begins; where the run has ended, with these settings, it changes nothing."""
+    place.run(resume=True)
+    times = {path: path.stat().st_mtime_ns for path in place.data.iterdir()}
+    assert "is complete already" in place.run(resume=True).out
+    assert {path: path.stat().st_mtime_ns for path in place.data.iterdir()} == times
+    assert "--N 20, now it is 3" in place.fails(resume=True, N=3)
+    write_rows(place.data / "train.tsv", many_rows(3))
+    assert "the content of train.tsv" in place.fails(resume=True)
+    place.run(resume=False, overwrite_output_file=True)
+    assert "is complete already" in place.run(resume=True).out
+    place.made.unlink()
+    place.run(resume=True)
+    place.made.write_text("mine\n")
+    assert "--overwrite_output_file" in place.fails(resume=True)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({name: None} for name in ("identity", "blocks", "bytes", "tally")),
+        *({"blocks": value} for value in ("1", 1.5, -1)),
+        {"bytes": 10**12},
+        {"tally": {"rows": "many"}},
+        {"tally": []},
+    ],
+    ids=str,
+)
+def test_a_journal_with_wrong_entries_is_refused(tmp_path, changes):
+    path, folder = tmp_path / "made.tsv", tmp_path / "made.tsv.unfinished"
+    with suppress(KeyboardInterrupt), ResumableFile(path) as file:
+        file.start({})
+        file.add(b"a row\n", rows=1)
+        raise KeyboardInterrupt
+    journal = json.loads((folder / "journal.json").read_text()) | changes
+    (folder / "journal.json").write_text(
+        json.dumps({key: value for key, value in journal.items() if value is not None})
+    )
+    with pytest.raises(UserError, match="is damaged"), ResumableFile(path, resume=True) as file:
+        file.start({})
+    assert (folder / "rows").read_bytes() == b"a row\n"
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.open("wb").truncate(10**12)], ids=["pipe", "huge"])
+def test_a_pipe_or_a_huge_file_in_place_of_the_journal_is_refused(place, make):
+    folder = place.data / "train_aug.tsv.unfinished"
+    folder.mkdir()
+    make(folder / "journal.json")
+    assert "journal.json: " in place.fails(resume=True)
+
+
 class Killed(BaseException):
     """Stands for a kill at that moment."""
 
@@ -145,15 +262,15 @@ def killed(tmp_path, monkeypatch):
     path, replace = tmp_path / "made.tsv", os.replace
 
     def killed(renamed: bool) -> Path:
-        def kill(first, second=None, **_):
-            if renamed or second == path:
+        def kill(first, second):
+            if second == (path.with_name("made.tsv.json") if renamed else path):
                 raise Killed
             replace(first, second)
 
         with monkeypatch.context() as patch, pytest.raises(Killed), ResumableFile(path) as file:  # noqa: PT012
             assert file.start({"--N": 20})
             file.add(b"a row\n")
-            patch.setattr(*((shutil, "rmtree") if renamed else (os, "replace")), kill)
+            patch.setattr(os, "replace", kill)
             file.finish()
         assert (file.folder.is_dir(), path.exists()) == (True, renamed)
         return path

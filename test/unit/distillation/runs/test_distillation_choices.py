@@ -1,4 +1,4 @@
-"""Which of the teacher's layers a student learns from, and which parts of the loss: --layer_map and --losses."""
+"""--layer_map chooses the teacher's layer for each student layer, and --losses the terms of the intermediate stage."""
 
 from __future__ import annotations
 
@@ -31,11 +31,13 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 import task_distill
 from transformer.heads import TinyBertForSequenceClassification
 
-PARTS = ("attention", "hidden", "embedding")
-SUBSETS = [subset for count in (1, 2, 3) for subset in itertools.combinations(PARTS, count)]
-# Of a projection a layer those with a further part train the projections of both.
-IN_TWO_PROCESSES = [(each, subset) for each in (False, True) for subset in SUBSETS if not each or len(subset) == 1]
-LAYERS = 2  # of both models where losses are chosen
+TERMS = ("attention", "hidden", "embedding")
+SUBSETS = [subset for count in (1, 2, 3) for subset in itertools.combinations(TERMS, count)]
+# With a projection for each layer, a subset of one term is enough: the terms share no projection.
+IN_TWO_PROCESSES = [
+    (per_layer, subset) for per_layer in (False, True) for subset in SUBSETS if not per_layer or len(subset) == 1
+]
+LAYERS = 2  # of the teacher and of the student in the tests of --losses
 
 Outcomes = dict[tuple[bool, int, tuple[str, ...]], "Outcome"]
 
@@ -48,7 +50,7 @@ def place(sst2: Workplace) -> Workplace:
 
 
 def give_layers(place: Workplace, role: str, layers: int) -> None:
-    """Makes the teacher or the student one of so many layers."""
+    """Replace the teacher or the student by a model with this number of layers."""
     golden, folder = Golden("sst2_small"), place.folder / role
     config = golden.config(role) | {"num_hidden_layers": layers}
     heads = linear("classifier", config["hidden_size"], 2) | linear("fit_dense", config["hidden_size"], 48)
@@ -72,10 +74,10 @@ def give_layers(place: Workplace, role: str, layers: int) -> None:
         (6, "top", (1, 2, 3, 4, 5, 6)),
     ],
 )
-def test_each_layer_learns_from_the_one_it_is_given(
+def test_the_loss_compares_each_student_layer_with_its_teacher_layer(
     place: Workplace, layers: int, given: str | None, expected: tuple[int, ...]
 ) -> None:
-    """The first step's losses are means over one sentence, layer by layer; the embeddings learn from embeddings."""
+    """The first step has one sentence: the losses are sums over layers of plain means; embeddings match embeddings."""
     give_layers(place, "student", layers)
     header, row, *_ = Golden("sst2_small").case["rows"]
     write_rows(place.data / "train.tsv", [header, row])
@@ -85,14 +87,14 @@ def test_each_layer_learns_from_the_one_it_is_given(
     length = int(Golden("sst2_small").tensor("feat_input_mask")[0].sum())
     inputs = [tensor[:1, :length] for tensor in Golden("sst2_small").inputs()]
     with torch.no_grad():
-        taught, learned = models[0](*inputs), models[1](*inputs, is_student=True)
+        expected_outputs, outputs = models[0](*inputs), models[1](*inputs, is_student=True)
     attention = sum(
-        float(mse_loss(ours, taught.attention_scores[layer - 1]))
-        for ours, layer in zip(learned.attention_scores, expected, strict=True)
+        float(mse_loss(ours, expected_outputs.attention_scores[layer - 1]))
+        for ours, layer in zip(outputs.attention_scores, expected, strict=True)
     )
     hidden = sum(
-        float(mse_loss(ours, taught.hidden_states[layer]))
-        for ours, layer in zip(learned.hidden_states, (0, *expected), strict=True)
+        float(mse_loss(ours, expected_outputs.hidden_states[layer]))
+        for ours, layer in zip(outputs.hidden_states, (0, *expected), strict=True)
     )
     assert place.series("att_loss") == [pytest.approx(attention, rel=1e-4)]
     assert place.series("rep_loss") == [pytest.approx(hidden, rel=1e-4)]
@@ -112,7 +114,7 @@ def test_each_layer_learns_from_the_one_it_is_given(
         (3, "Top", "or one of uniform, top, bottom"),
         (3, " ", "expected the teacher's layers"),
         (4, None, "the teacher has 6 layers and the student 4: the uniform layer map needs"),
-        (4, "uniform", "--layer_map gives another"),
+        (4, "uniform", "--layer_map 2,3,5,6"),
         (7, "top", "--layer_map top: the student has 7 layers, the teacher 6"),
         (7, "bottom", "--layer_map bottom: the student has 7 layers, the teacher 6"),
     ],
@@ -125,7 +127,7 @@ def test_a_layer_map_that_does_not_fit_is_refused(
 
 
 @pytest.mark.parametrize("given", ["attention,logits", "attention,attention", "attention,", "", "Hidden", "all"])
-def test_losses_that_there_are_not_are_refused(place: Workplace, given: str) -> None:
+def test_unknown_or_repeated_losses_are_refused(place: Workplace, given: str) -> None:
     assert f"--losses {given}: expected one or more of attention, hidden, embedding" in place.fails(losses=given)
 
 
@@ -138,7 +140,7 @@ def test_the_order_of_the_losses_does_not_matter(place: Workplace) -> None:
 
 
 class Outcome(NamedTuple):
-    """What came of two steps: the student's weights, the first step's gradients, the events of each step."""
+    """The result of two steps: the student's weights, the first step's gradients, each step's event."""
 
     weights: dict[str, Tensor]
     gradients: list[Tensor | None]
@@ -146,7 +148,7 @@ class Outcome(NamedTuple):
 
 
 def give_layer_projections(weights: dict[str, Tensor]) -> None:
-    """As TinyBERT's second release has them: one for the embeddings, one for each layer."""
+    """Replace the projection as in TinyBERT's second release: one for the embeddings, one for each layer."""
     for key in ("fit_dense.weight", "fit_dense.bias"):
         del weights[key]
     shapes = [linear(f"fit_denses.{number}", 32, 48) for number in range(LAYERS + 1)]
@@ -155,37 +157,39 @@ def give_layer_projections(weights: dict[str, Tensor]) -> None:
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
-    """(a projection a layer, processes, subset) -> what came of it; 0 processes are the student before."""
+    """Return outcomes by (a projection for each layer, processes, subset); 0 processes: the student before training."""
     folder, found = tmp_path_factory.mktemp("losses"), {}
-    places = {each: Golden("sst2_small").workplace(folder / str(each)) for each in (False, True)}
+    places = {per_layer: Golden("sst2_small").workplace(folder / str(per_layer)) for per_layer in (False, True)}
     for place, role in itertools.product(places.values(), ("teacher", "student")):
         give_layers(place, role, LAYERS)
     edit_weights(places[True].student, give_layer_projections)
-    for each, subset in itertools.product(places, SUBSETS):
-        place = places[each]
-        with noted_gradients() as first:
+    for per_layer, subset in itertools.product(places, SUBSETS):
+        place = places[per_layer]
+        with recorded_gradients() as first:
             place.run(**flags_of(place, 1, subset))
-        found[each, 0, subset] = Outcome(read_bin(place.student), [], [])
-        found[each, 1, subset] = Outcome(read_bin(place.model), first, place.events("train"))
-    told = [places[each].flags(**flags_of(places[each], 2, subset)) for each, subset in IN_TWO_PROCESSES]
-    run_in_processes([{"flags": flags, "gradients": str(folder / "of_two.pt")} for flags in told], folder, 2)
-    for each, subset in IN_TWO_PROCESSES:
-        place, _ = places[each], flags_of(places[each], 2, subset)
-        found[each, 2, subset] = Outcome(read_bin(place.model), [], place.events("train"))
+        found[per_layer, 0, subset] = Outcome(read_bin(place.student), [], [])
+        found[per_layer, 1, subset] = Outcome(read_bin(place.model), first, place.events("train"))
+    flags_of_two = [
+        places[per_layer].flags(**flags_of(places[per_layer], 2, subset)) for per_layer, subset in IN_TWO_PROCESSES
+    ]
+    run_in_processes([{"flags": flags, "gradients": str(folder / "of_two.pt")} for flags in flags_of_two], folder, 2)
+    for per_layer, subset in IN_TWO_PROCESSES:
+        place, _ = places[per_layer], flags_of(places[per_layer], 2, subset)
+        found[per_layer, 2, subset] = Outcome(read_bin(place.model), [], place.events("train"))
     return found
 
 
 def flags_of(place: Workplace, processes: int, subset: tuple[str, ...]) -> dict[str, Any]:
-    """A run's flags; from here on the place's output folders are that run's."""
+    """Return a run's flags, and set the output folders of the place to that run's."""
     name = "_".join((str(processes), *subset))
     place.model, place.output = place.folder / name, place.folder / f"{name}_log"
-    # Decay moves whatever is trained, so that what stays is frozen.
+    # Weight decay changes every trained parameter, so that an unchanged one is frozen.
     return {"losses": ",".join(subset), "train_batch_size": 5, "num_train_epochs": 1, "weight_decay": 0.5}
 
 
 @contextlib.contextmanager
-def noted_gradients() -> Iterator[list[Tensor | None]]:
-    """The gradients of the first step of what is run in this context, None where a parameter has none."""
+def recorded_gradients() -> Iterator[list[Tensor | None]]:
+    """Record the gradients of the first step that runs in this context; None for a parameter without one."""
     first: list[Tensor | None] = []
 
     def keep(optimizer: Optimizer, *_: object) -> None:
@@ -200,7 +204,7 @@ def noted_gradients() -> Iterator[list[Tensor | None]]:
         hook.remove()
 
 
-def is_learned(key: str, subset: tuple[str, ...]) -> bool:
+def is_trained(key: str, subset: tuple[str, ...]) -> bool:
     """Whether a loss of this subset depends on the parameter."""
     if key.startswith("bert.embeddings."):
         return True
@@ -215,50 +219,56 @@ def is_learned(key: str, subset: tuple[str, ...]) -> bool:
     return "hidden" in subset or ("attention" in subset and (is_below or makes_last_scores))
 
 
-PROJECTIONS = pytest.mark.parametrize("each", [False, True], ids=["one projection", "a projection a layer"])
+PROJECTIONS = pytest.mark.parametrize("per_layer", [False, True], ids=["one projection", "a projection for each layer"])
 
 
 @pytest.mark.parametrize("subset", SUBSETS, ids="+".join)
 @PROJECTIONS
-def test_each_subset_trains_what_its_losses_depend_on(outcomes: Outcomes, each: bool, subset: tuple[str, ...]) -> None:
-    """The rest stays to the bit, weight decay or not; and nothing waits for a gradient that does not come."""
-    before, outcome = outcomes[each, 0, subset].weights, outcomes[each, 1, subset]
+def test_each_subset_trains_the_parameters_that_its_losses_depend_on(
+    outcomes: Outcomes, per_layer: bool, subset: tuple[str, ...]
+) -> None:
+    """Other parameters keep their bits in spite of weight decay, and the optimizer has none without a gradient."""
+    before, outcome = outcomes[per_layer, 0, subset].weights, outcomes[per_layer, 1, subset]
     assert before.keys() == outcome.weights.keys()
-    moved = {key for key in before if not torch.equal(before[key], outcome.weights[key])}
-    expected = {key for key in before if is_learned(key, subset)}
-    # The softmax over keys does not see a key's bias: only the scores themselves teach it, below the last layer too.
-    unseen = {key for key in expected if "self.key.bias" in key and "attention" not in subset}
-    assert moved | unseen == expected
+    changed = {key for key in before if not torch.equal(before[key], outcome.weights[key])}
+    expected = {key for key in before if is_trained(key, subset)}
+    # A key's bias does not change the softmax over keys: only the attention loss has a gradient for it.
+    without_effect = {key for key in expected if "self.key.bias" in key and "attention" not in subset}
+    assert changed | without_effect == expected
     assert len(outcome.gradients) == len(expected)
-    still = sum(gradient is None or not gradient.any() for gradient in outcome.gradients)
-    assert still <= len(unseen)
+    zero = sum(gradient is None or not gradient.any() for gradient in outcome.gradients)
+    assert zero <= len(without_effect)
 
 
 @pytest.mark.parametrize("subset", SUBSETS, ids="+".join)
 @PROJECTIONS
-def test_each_subset_logs_its_own_terms(outcomes: Outcomes, each: bool, subset: tuple[str, ...]) -> None:
-    """att_loss, and rep_loss of what is learned of states; with all of them the parts are those of each alone."""
-    steps = outcomes[each, 1, subset].steps
+def test_each_subset_logs_its_own_terms(outcomes: Outcomes, per_layer: bool, subset: tuple[str, ...]) -> None:
+    """att_loss and rep_loss are logged if their terms are chosen, and are sums of the terms' values alone."""
+    steps = outcomes[per_layer, 1, subset].steps
     assert len(steps) == 2
     terms = {"att_loss": {"attention"} & {*subset}, "rep_loss": {"hidden", "embedding"} & {*subset}}
     for step in steps:
         assert {name for name in terms if name in step} == {name for name, parts in terms.items() if parts}
         assert step["loss"] == pytest.approx(sum(step.get(name, 0) for name in terms))
     for name, parts in terms.items():
-        alone = [outcomes[each, 1, (part,)].steps[0][name] for part in parts]
+        alone = [outcomes[per_layer, 1, (part,)].steps[0][name] for part in parts]
         assert steps[0].get(name, 0) == pytest.approx(sum(alone), rel=1e-5)
 
 
-@pytest.mark.parametrize(("each", "subset"), IN_TWO_PROCESSES, ids=str)
-def test_two_processes_train_each_subset_as_one(outcomes: Outcomes, each: bool, subset: tuple[str, ...]) -> None:
-    one, two = outcomes[each, 1, subset], outcomes[each, 2, subset]
+@pytest.mark.parametrize(("per_layer", "subset"), IN_TWO_PROCESSES, ids=str)
+def test_two_processes_give_the_weights_of_one_for_each_subset(
+    outcomes: Outcomes, per_layer: bool, subset: tuple[str, ...]
+) -> None:
+    one, two = outcomes[per_layer, 1, subset], outcomes[per_layer, 2, subset]
     for key in one.weights:
         torch.testing.assert_close(two.weights[key], one.weights[key], atol=1e-6, rtol=0)
     assert [step["loss"] for step in two.steps] == pytest.approx([step["loss"] for step in one.steps], rel=1e-5)
 
 
 @pytest.mark.parametrize("subset", SUBSETS, ids="+".join)
-def test_heads_may_differ_where_no_scores_are_learned(place: Workplace, subset: tuple[str, ...]) -> None:
+def test_numbers_of_attention_heads_may_differ_without_the_attention_loss(
+    place: Workplace, subset: tuple[str, ...]
+) -> None:
     edit_config(place.student, num_attention_heads=8)
     if "attention" in subset:
         assert "the teacher has 4 attention heads and the student 8" in place.fails(losses=",".join(subset))
@@ -267,8 +277,8 @@ def test_heads_may_differ_where_no_scores_are_learned(place: Workplace, subset: 
         assert [name for name in ("att_loss", "rep_loss") if name in place.events("train")[0]] == ["rep_loss"]
 
 
-def test_an_ablations_student_goes_on_to_the_prediction_stage(place: Workplace) -> None:
+def test_a_student_of_one_loss_can_be_trained_in_the_prediction_stage(place: Workplace) -> None:
     place.run(losses="embedding")
     place.student, place.model = place.model, place.folder / "second"
-    place.run(pred_distill=True, losses="embedding")  # which there has no say
+    place.run(pred_distill=True, losses="embedding")  # has no effect in this stage
     assert read_bin(place.model).keys() == read_bin(place.student).keys()

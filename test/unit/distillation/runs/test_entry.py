@@ -166,16 +166,17 @@ def test_only_padding_max_length_counts_padding_in_the_losses(sst2):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 3])
-def test_evaluations_come_once_a_step_and_at_the_end(sst2, accumulation):
-    """Traps 18 and 20: 8 examples by 3 and 2 epochs are 6 steps; 4 is an eval_step, 6 the end."""
+@pytest.mark.parametrize(("eval_step", "steps"), [(2, [2, 4, 6]), (4, [3, 4, 6]), (50, [3, 6])])
+def test_evaluations_come_once_a_step_and_at_least_once_an_epoch(sst2, accumulation, eval_step, steps):
+    """Traps 18 and 20: 8 examples by 3 and 2 epochs are 6 steps."""
     sst2.run(
         pred_distill=True,
         train_batch_size=3,
         gradient_accumulation_steps=accumulation,
         num_train_epochs=2,
-        eval_step=4,
+        eval_step=eval_step,
     )
-    assert [event["step"] for event in sst2.events("eval")] == [4, 6]
+    assert [event["step"] for event in sst2.events("eval")] == steps
 
 
 @pytest.mark.parametrize("pred_distill", [False, True])
@@ -313,7 +314,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_good_checkpoint_stays(s
     """Trap 10: one row's teacher logits are NaN; the dev set has no such row."""
 
     def poison(weights):
-        weights["bert.embeddings.word_embeddings.weight"][Golden("sst2_small").case["vocab"].index("rock")] = torch.inf
+        weights["bert.embeddings.word_embeddings.weight"][Golden("sst2_small").case["vocab"].index("rock")] = (
+            3e38  # overflows
+        )
 
     edit_weights(sst2.teacher, poison)
     rows = [[f"a {word} film", str(n % 2)] for n, word in enumerate(["warm", "dull", "sad", "fun", "good", "bad"])]

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from cases import Golden, assert_close, assert_same_weights, read_bin, write_rows
+from cases import Golden, assert_close, assert_same_weights, call, edit_weights, read_bin, write_rows
 
 import task_distill
 from data_processing import batching, tasks
@@ -14,7 +14,7 @@ from data_processing.batching import Collator
 from data_processing.cache import Cache
 from data_processing.examples import read_examples
 from data_processing.features import make_features
-from data_processing.metrics import Metric, accuracy
+from data_processing.metrics import METRICS, Metric, accuracy
 from data_processing.tasks import find_task
 from distillation.evaluation import Predictor
 from distillation.runtime.device import Process
@@ -23,6 +23,7 @@ from distillation.runtime.mixed_precision import TorchMixedPrecision
 from distillation.teacher.query import TeacherQuery
 from distillation.teacher.teacher import load_or_compute_logits
 from distillation.training import trainer
+from transformer.errors import UserError
 from transformer.heads import TinyBertForSequenceClassification
 from transformer.tokenization import BertTokenizer
 
@@ -43,6 +44,11 @@ def parts(golden, tmp_path):
     return golden, model, features, place
 
 
+class MetricInTurn(Metric):
+    def chance_level(self, labels: np.ndarray) -> float:
+        return 0.0  # without another call of the metric
+
+
 def metrics_in_turn(monkeypatch, task_name: str, values: list[float]) -> list[np.ndarray]:
     """Replace a task's metric by these values, one for each evaluation; return the predictions that it gets."""
     seen: list[np.ndarray] = []
@@ -52,7 +58,7 @@ def metrics_in_turn(monkeypatch, task_name: str, values: list[float]) -> list[np
         return {"acc": values[len(seen) - 1]}
 
     table = tuple(
-        dataclasses.replace(task, metric=Metric(metric, "acc")) if task.name == task_name else task
+        dataclasses.replace(task, metric=MetricInTurn(metric, "acc")) if task.name == task_name else task
         for task in tasks.TASKS
     )
     monkeypatch.setattr(tasks, "TASKS", table)
@@ -66,6 +72,28 @@ def test_every_example_is_predicted_once_and_in_order(parts, batch_size, to_maxi
     golden, model, features, place = parts
     logits = predictor(Collator(to_maximum, place.max_seq_length), batch_size).logits(model, features)
     assert_close(logits, golden.figures["teacher_logits"], atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("row", [0, 1])
+def test_outputs_that_are_not_finite_end_the_evaluation(parts, value, row):
+    _, model, features, place = parts
+    with torch.no_grad():
+        model.classifier.bias[row] = value
+    with pytest.raises(UserError, match=f"evaluation: .* {len(features)} of {len(features)} texts are not finite"):
+        predictor(Collator(False, place.max_seq_length)).evaluate(model, features, find_task(place.task))
+
+
+@pytest.mark.parametrize("flags", [{"do_eval": True}, {"do_predict": True}])
+def test_a_run_whose_outputs_overflow_writes_no_result(sst2, flags):
+    """Each weight is finite; the sum over the hidden size is not."""
+    edit_weights(sst2.student, lambda w: w["classifier.weight"].fill_(3e38))
+    write_rows(sst2.data / "test.tsv", [["index", "sentence"], ["0", "a good film"]])
+    done = call(task_distill.main, sst2.flags(teacher_model=None, task_name="SST-2", **flags))
+    assert done.status == 2
+    assert "not finite" in done.err
+    assert not list(sst2.folder.rglob("eval_results.txt"))
+    assert not list(sst2.folder.rglob("SST-2.tsv"))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -220,3 +248,33 @@ def test_a_run_in_half_precision_pads_to_bucketed_lengths(sst2, monkeypatch, amp
     monkeypatch.setattr(batching, "bucketed_length", lambda length: rounded.append(length) or length)
     assert sst2.run(amp=amp, amp_dtype="bf16", padding="longest", **stage).status == 0
     assert bool(rounded) is amp
+
+
+@pytest.mark.parametrize("stage", [{}, {"pred_distill": True}, {"do_finetune": True, "student_model": None}])
+def test_a_model_that_is_no_better_than_chance_is_warned_of(sst2, stage):
+    """Every output is that of label 1, as the most frequent label of the dev set."""
+    write_rows(sst2.data / "dev.tsv", [["sentence", "label"], ["a good film", "1"], ["a film", "1"], ["bad", "0"]])
+
+    def always_one(weights):
+        weights["classifier.weight"].zero_()
+        weights["classifier.bias"].copy_(torch.tensor([-9.0, 9.0]))
+
+    edit_weights(sst2.teacher, always_one)
+    done = sst2.run(**stage, learning_rate=1e-6)
+    (line,) = [line for line in (done.out + done.err).splitlines() if "no better" in line]
+    assert "acc 0.6667 on dev.tsv" in line
+    assert ("id2label" in line) == ("do_finetune" not in stage)
+
+
+@pytest.mark.parametrize(
+    ("metric", "labels", "level"),
+    [
+        ("accuracy", [0, 1, 1, 2], 0.5),
+        ("f1", [0, 0, 1, 1], 2 / 3),
+        ("macro_f1", [0, 1, 1, 1], 3 / 7),
+        ("matthews", [0, 1, 1], 0.0),
+        ("correlation", [0.5, 1.0, 4.0], 0.0),
+    ],
+)
+def test_the_chance_level_is_the_best_constant_prediction(metric, labels, level):
+    assert METRICS[metric].chance_level(np.array(labels)) == pytest.approx(level)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from cases import Run, Workplace
-from disk_faults import killed_before
+from disk_faults import killed_before, no_file_beyond
 from stopped_runs import attempt, dropout_place, in_step, refused, signal_in_step
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -95,6 +95,13 @@ class TestBeforeTheFirstSave:
             assert killed_before(10**6, lambda: run(place))
         assert [path.name for path in place.model.iterdir()] == [CHECKPOINT]
         assert run(place, seed=3).status == 0
+
+    def test_a_full_disk_in_the_first_save_does_not_make_the_folder_count_as_used(self, place: Workplace) -> None:
+        with no_file_beyond(20_000):
+            failed = run(place, eval_step=1)
+        assert (failed.status, "cannot be saved" in failed.err) == (2, True)
+        assert list(place.model.iterdir()) == []
+        assert run(place).status == 0
 
     def test_a_saved_model_can_be_resumed(self, place: Workplace) -> None:
         """A fault after an evaluation has saved a model, and before a checkpoint has."""
@@ -211,6 +218,7 @@ def test_a_damaged_checkpoint_is_reported(stopped: Workplace) -> None:
         line = refusal(stopped)
         assert str(checkpoint) in line
         assert FROM_SCRATCH in line
+        assert "mmap" not in line  # torch's advice to whoever saves a file
         assert checkpoint.read_bytes() == wrong
     checkpoint.write_bytes(content)
     assert run(stopped, resume=True).status == 0
@@ -222,8 +230,11 @@ def test_a_checkpoint_of_another_version_or_a_missing_one_is_reported(stopped: W
     with signal_in_step(2):
         assert run(stopped, overwrite_output_dir=True).status == 128 + signal.SIGTERM
     checkpoint, log = stopped.model / CHECKPOINT, (stopped.output / "metrics.jsonl").read_bytes()
-    torch.save(torch.load(checkpoint, weights_only=True) | {"form": 0}, checkpoint)
-    assert str(checkpoint) in refusal(stopped)
+    for other in (torch.load(checkpoint, weights_only=True) | {"form": 0}, {"weights": torch.zeros(2)}, [1, 2]):
+        torch.save(other, checkpoint)
+        line = refusal(stopped)
+        assert f"{checkpoint}: " in line
+        assert "another program" in line
     (stopped.model / "run.json").unlink()
     checkpoint.unlink()
     assert f"{stopped.model}: " in refusal(stopped)

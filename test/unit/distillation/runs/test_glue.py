@@ -122,9 +122,9 @@ def test_the_saved_student_is_the_best_checkpoint(done: Done) -> None:
     """By the task's metric on the first dev file; evaluating the saved model gives the same value."""
     evaluations = [event for event in done.place.events("eval") if event["file"] == done.form.dev_files[0]]
     *during_training, _, alone = [event[done.form.chosen_by] for event in evaluations]
-    assert len(during_training) == 1 + 3  # of fine-tuning and of the prediction stage
+    assert len(during_training) == 25 + 3  # one for each epoch of fine-tuning and of the prediction stage
     *_, prediction = done.place.events("end")
-    assert prediction["best"] == max(during_training[1:]) == pytest.approx(alone, abs=1e-4)
+    assert prediction["best"] == max(during_training[25:]) == pytest.approx(alone, abs=1e-4)
 
 
 def test_predictions_are_a_submission_to_glue(done: Done) -> None:
@@ -194,7 +194,7 @@ def test_the_tasks_metric_selects_the_checkpoint(name: str, tmp_path: Path, monk
     form, given = FORMS[name], []
 
     def compute(*_: np.ndarray) -> dict[str, float]:
-        evaluation = len(given) // len(form.dev_files)
+        evaluation = min(len(given) // len(form.dev_files), 2)  # a last call asks for the level of chance
         first_file = len(given) % len(form.dev_files) == 0
         given.append(evaluation)
         chooses, other = (-0.2, -0.1, -0.3)[evaluation], (0.9, 0.1, 0.8)[evaluation]

@@ -1,4 +1,4 @@
-"""The masked-LM head: its forms in checkpoints, one token of each text, and training one."""
+"""The masked-LM head: its forms in checkpoints, its predictions for one token of each text, and its training."""
 
 import json
 
@@ -36,8 +36,8 @@ def folder(tmp_path):
     return masked_lm(tmp_path / "bert")
 
 
-def test_the_forms_of_the_head_are_one(folder):
-    """The original's, with gamma and beta; with tied output weights; with the bias at the decoder alone."""
+def test_all_forms_of_the_head_give_the_same_scores(folder):
+    """With gamma and beta as in the original; with tied output weights; with the bias only at the decoder."""
     expected = scores(BertForMaskedLM.from_pretrained(folder))
 
     def old(weights):
@@ -57,7 +57,7 @@ def test_the_forms_of_the_head_are_one(folder):
     assert torch.equal(scores(load_masked_lm(folder, True).model), expected)
 
 
-def test_a_head_with_output_weights_of_its_own_keeps_them_and_the_embeddings(folder):
+def test_untied_output_weights_and_the_embeddings_are_both_kept(folder):
     before = scores(BertForMaskedLM.from_pretrained(folder))
     edit_weights(folder, lambda weights: weights.update({WORDS: 2 * weights[EMBEDDINGS]}))
     model = BertForMaskedLM.from_pretrained(folder)
@@ -66,7 +66,7 @@ def test_a_head_with_output_weights_of_its_own_keeps_them_and_the_embeddings(fol
     assert torch.equal(model.bert.embeddings.word_embeddings.weight * 2, model.cls.predictions.decoder.weight)
 
 
-def test_it_predicts_what_transformers_predicts(folder):
+def test_the_scores_equal_those_of_transformers(folder):
     theirs = transformers.BertForMaskedLM(transformers.BertConfig(**config_of())).eval()
     state = weights_of(encoder_shapes(config_of()) | head_shapes(config_of()))
     state |= {WORDS: state[EMBEDDINGS], "cls.predictions.decoder.bias": state["cls.predictions.bias"]}
@@ -80,7 +80,7 @@ def test_it_predicts_what_transformers_predicts(folder):
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_one_token_of_each_text_is_that_of_the_whole_forward(folder):
+def test_encode_one_gives_the_hidden_states_of_the_whole_forward_pass(folder):
     model = BertForMaskedLM.from_pretrained(folder).eval()
     ids = torch.randint(5, 60, (6, 11), generator=torch.Generator().manual_seed(0))
     segments = (torch.arange(11) > 5).long().expand_as(ids)
@@ -91,8 +91,8 @@ def test_one_token_of_each_text_is_that_of_the_whole_forward(folder):
     torch.testing.assert_close(one, whole, atol=1e-5, rtol=1e-5)
 
 
-def test_masks_are_drawn_as_bert_draws_them(folder):
-    """15 % of the pieces, of which 80 % become [MASK], 10 % another token, 10 % stay; one at least of each text."""
+def test_masks_are_chosen_as_in_bert(folder):
+    """15 % of the WordPieces, at least one per text: 80 % become [MASK], 10 % another token, 10 % are unchanged."""
     tokenizer = BertTokenizer.from_pretrained(folder)
     batch = [[2, *([40] * 500), 3], [2, 41, 3]] * 20
     ids, mask, targets = masked_batch(batch, tokenizer, np.random.default_rng(0))
@@ -104,23 +104,23 @@ def test_masks_are_drawn_as_bert_draws_them(folder):
     assert (targets[chosen] == np.where(np.arange(len(batch)) % 2, 41, 40)[np.nonzero(chosen)[0]]).all()
     long, count = chosen[::2], 20 * 500
     assert abs(long.sum() - 0.15 * count) < 4 * np.sqrt(count * 0.15 * 0.85)
-    shown = ids[::2][long]
-    for share, found in ((0.8, shown == tokenizer.mask_token_id), (0.1, shown == 40)):
+    inputs = ids[::2][long]
+    for share, found in ((0.8, inputs == tokenizer.mask_token_id), (0.1, inputs == 40)):
         assert abs(found.mean() - share) < 0.05
     assert (ids[::2][~long] == np.array(batch[::2])[~long]).all()
 
 
-def learnable(tokenizer: BertTokenizer) -> list[list[int]]:
-    """Texts in which a word follows from the one beside it."""
+def predictable_texts(tokenizer: BertTokenizer) -> list[list[int]]:
+    """Return token ids of texts in which each word can be predicted from its neighbour."""
     pairs = ["good movie", "bad film", "great plot", "awful acting", "funny story", "sad rock"]
     return encode_texts([f"the {pair} is {pair}" for pair in pairs] * 40, tokenizer)
 
 
-def test_a_head_is_learned(tmp_path):
+def test_training_a_head_raises_its_accuracy_and_is_repeatable(tmp_path):
     folder = masked_lm(tmp_path / "bare", head=False, hidden_dropout_prob=0.0)
     masked = load_masked_lm(folder, True, seed=1)
     assert not masked.has_head
-    texts = learnable(masked.tokenizer)
+    texts = predictable_texts(masked.tokenizer)
     before = masked_accuracy(masked, texts, 0)
     accuracy = train_masked_lm(masked, texts, 250, seed=1)
     assert before < 0.1
@@ -136,14 +136,14 @@ def test_a_head_is_learned(tmp_path):
     assert not torch.equal(other.model.cls.predictions.bias, predictions.bias)
 
 
-def test_the_head_alone_leaves_the_encoder_as_it_was(tmp_path):
+def test_training_only_the_head_keeps_the_encoders_weights(tmp_path):
     masked = load_masked_lm(masked_lm(tmp_path / "bare", head=False), True)
     before = {name: tensor.clone() for name, tensor in masked.model.bert.state_dict().items()}
-    train_masked_lm(masked, learnable(masked.tokenizer), 20, seed=1, train_encoder=False)
+    train_masked_lm(masked, predictable_texts(masked.tokenizer), 20, seed=1, train_encoder=False)
     assert all(torch.equal(before[name], tensor) for name, tensor in masked.model.bert.state_dict().items())
 
 
-def test_the_command_trains_a_head_once(tmp_path):
+def test_the_command_gives_the_same_file_for_the_same_number_of_head_steps(tmp_path):
     place = Place(tmp_path)
     bare = masked_lm(tmp_path / "bare", head=False)
     output = place.run(pretrained_bert_model=bare, train_mlm_head=4).out
@@ -155,14 +155,15 @@ def test_the_command_trains_a_head_once(tmp_path):
     assert place.made.read_bytes() != made
 
 
-def test_too_few_texts_are_told(tmp_path):
+def test_too_few_texts_are_an_error(tmp_path):
     masked = load_masked_lm(masked_lm(tmp_path / "bare", head=False), True)
     with pytest.raises(UserError, match="too few texts"):
         train_masked_lm(masked, [[2, 7, 3]], 3, seed=0)
 
 
-def test_texts_are_cut_and_empty_ones_left_out(folder):
+def test_long_texts_are_cut_and_empty_texts_are_left_out(folder):
     tokenizer = BertTokenizer.from_pretrained(folder)
     pieces = encode_texts(["the movie", "", "film " * 300], tokenizer)
     assert [len(text) for text in pieces] == [4, 128]
+    assert [len(text) for text in encode_texts(["film " * 300, "the"], tokenizer, 64)] == [64, 3]
     assert json.dumps(pieces[0]) == json.dumps([2, VOCABULARY.index("the"), VOCABULARY.index("movie"), 3])

@@ -1,7 +1,7 @@
-"""Several processes make the same steps as one, and end together.
+"""Several processes train the same weights as one, and end together.
 
-Equality is tried with gloo on the CPU; each number of processes is started once and does all runs
-(`several_runs.py`). How processes are started (spawned, torchrun) has its own few tests below.
+Weights are compared on the CPU with gloo; each number of processes is started once for all runs (`several_runs.py`).
+`TestStarting` starts processes as a user does: spawned, or by torchrun.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def flags_of(place: Workplace, name: str, stage: str, padding: str, accumulation
 
 
 def run_in_processes(runs: list[dict[str, Any]], folder: Path, count: int) -> None:
-    """Does the runs in `count` processes; fails where one of them fails."""
+    """Do the runs in `count` processes; fail if one of them fails."""
     file = folder / f"runs_{count}.json"
     file.write_text(json.dumps(runs), encoding="utf-8")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
@@ -65,7 +65,7 @@ def run_in_processes(runs: list[dict[str, Any]], folder: Path, count: int) -> No
 
 @pytest.fixture(scope="module", params=["sst2_small", "mnli_small"])
 def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Any, ...], Any]:
-    """(processes, stage, padding, accumulation) -> weights after 20 steps, gradients of the first."""
+    """Return (weights after 20 steps, gradients of the first) by (processes, stage, padding, accumulation)."""
     folder = tmp_path_factory.mktemp(request.param)
     place = Golden(request.param).workplace(folder)
     found = {}
@@ -85,7 +85,9 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: "-".join(map(str, setting)))
 @pytest.mark.parametrize("count", [2, 4])
-def test_processes_make_the_steps_of_one(outcomes: dict[tuple[Any, ...], Any], count: int, setting: tuple) -> None:
+def test_several_processes_give_the_weights_and_gradients_of_one(
+    outcomes: dict[tuple[Any, ...], Any], count: int, setting: tuple
+) -> None:
     """Same total batch: weights equal to 1e-6 after 20 steps, and the first step's gradients to 1e-5."""
     stage, padding, _ = setting
     expected, expected_gradients = outcomes[1, stage, padding, 1]
@@ -93,19 +95,21 @@ def test_processes_make_the_steps_of_one(outcomes: dict[tuple[Any, ...], Any], c
     assert weights.keys() == expected.keys()
     for key in expected:
         torch.testing.assert_close(weights[key], expected[key], atol=1e-6, rtol=0)
-    assert [g.is_sparse for g in gradients].count(True) == 1, "of the word embeddings rows alone are exchanged"
+    assert [g.is_sparse for g in gradients].count(True) == 1, (
+        "only the rows of the word embeddings that were used are exchanged"
+    )
     largest = max(float(g.norm()) for g in expected_gradients)
     for ours, theirs in zip(gradients, expected_gradients, strict=True):
         # A key's bias adds the same to all scores of a row, so logits do not depend on it: in the prediction
-        # stage its gradient is rounding alone, and there is nothing that two runs could agree on.
+        # stage its gradient is a rounding error, which differs between runs.
         if float(theirs.norm()) > 1e-6 * largest:
             assert float((ours - theirs).norm()) <= 1e-5 * float(theirs.norm())
     compared = sum(float(g.norm()) > 1e-6 * largest for g in expected_gradients)
     assert compared >= len(expected_gradients) - (3 if stage == "prediction" else 0)
 
 
-def test_the_runs_above_give_processes_unequal_work() -> None:
-    """The equality above is worth something: one process's tokens are twice another's, and some have no example."""
+def test_the_compared_runs_give_processes_unequal_numbers_of_tokens() -> None:
+    """One process has at least twice the tokens of another in a step, and some processes have no example."""
     case = Golden("sst2_small")
     lengths = case.figures["feat_input_mask"].sum(axis=1)
     padding = Collator(False, case.case["max_seq_length"])
@@ -125,10 +129,10 @@ def test_the_runs_above_give_processes_unequal_work() -> None:
 
 @pytest.mark.slow
 class TestStarting:
-    """Spawned processes and torchrun's."""
+    """Processes that main.py spawns, and those of torchrun."""
 
-    def test_torchrun_equals_spawned(self, tmp_path: Path) -> None:
-        """The same command, with two ids and under torchrun, gives the same weights, dropout's draws included."""
+    def test_torchrun_gives_the_weights_of_spawned_processes(self, tmp_path: Path) -> None:
+        """With dropout: its random numbers are the same too."""
         place = Golden("sst2_small").workplace(tmp_path)
         edit_config(place.student, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
         common = {"train_batch_size": BATCH, "num_train_epochs": 3, "pred_distill": True, "padding": "longest"}
@@ -145,11 +149,11 @@ class TestStarting:
         ours, theirs = read_bin(tmp_path / "spawned"), read_bin(tmp_path / "torchrun")
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
         assert [p.name for p in sorted((tmp_path / "output_torchrun").glob("*.txt"))] == ["train_full_2p_2.txt"]
-        assert run.out.count("the model is in") == 1  # only the first process speaks
+        assert run.out.count("the model is in") == 1  # only the first process prints
         check_two_process_logs(place)
 
-    def test_a_users_mistake_is_told_once(self, tmp_path: Path) -> None:
-        """Four processes meet it, one line tells of it, and nothing is written."""
+    def test_a_mistake_in_four_processes_is_one_line(self, tmp_path: Path) -> None:
+        """All four processes find the mistake; nothing is written."""
         place = Golden("sst2_small").workplace(tmp_path)
         done = command(str(ROOT / "main.py"), *place.flags(device_list="0,1,2,3", aug_train=True), cwd=tmp_path)
         assert done.status == 2
@@ -158,8 +162,8 @@ class TestStarting:
         assert not place.model.exists()
         assert not place.output.exists()
 
-    def test_all_end_when_one_is_killed(self, tmp_path: Path) -> None:
-        """SIGKILL to one of three: the run ends within seconds, says which and how, once, and leaves no process."""
+    def test_all_processes_end_when_one_is_killed(self, tmp_path: Path) -> None:
+        """SIGKILL to one of three: the run ends within 30 seconds with one message and leaves no process."""
         place = Golden("sst2_small").workplace(tmp_path)
         flags = place.flags(device_list="0,1,2", num_train_epochs=1_000_000)
         run = start(flags, tmp_path)
@@ -174,7 +178,7 @@ class TestStarting:
         assert not any(alive(pid) for pid in victims)
 
     def test_children_do_not_outlive_their_parent(self, tmp_path: Path) -> None:
-        """SIGKILL to the command itself: what it spawned ends by itself."""
+        """SIGKILL to the command: the processes that it spawned end."""
         place = Golden("sst2_small").workplace(tmp_path)
         run = start(place.flags(device_list="0,1", num_train_epochs=1_000_000), tmp_path)
         children = children_in_training(run.pid, place, 2)
@@ -186,8 +190,8 @@ class TestStarting:
         assert not any(alive(pid) for pid in children)
 
     @pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--nproc_per_node", "2"]])
-    def test_processes_of_a_group_leave_without_pythons_end(self, tmp_path: Path, launcher: list[str]) -> None:
-        """Python's end takes the interpreter from gloo's threads, which now and then is a SIGABRT: none comes to it."""
+    def test_processes_of_a_group_exit_without_pythons_finalization(self, tmp_path: Path, launcher: list[str]) -> None:
+        """Finalization with running gloo threads sometimes ends in SIGABRT, so no process may reach it."""
         place = Golden("sst2_small").workplace(tmp_path / "place")
         (tmp_path / "sitecustomize.py").write_text(
             "import atexit, os, sys\n"
@@ -203,11 +207,11 @@ class TestStarting:
         assert done.status == 0, done.err
         assert done.out.count("the model is in") == 1
 
-    def test_processes_of_torchrun_that_fail_leave_so_too(self, tmp_path: Path) -> None:
-        """Each tells by its status alone; the mistake is met after the processes have exchanged something."""
+    def test_failed_processes_of_torchrun_exit_without_pythons_finalization(self, tmp_path: Path) -> None:
+        """The mistake is found after the processes have communicated; one of them prints it."""
         place = Golden("sst2_small").workplace(tmp_path / "place")
         (tmp_path / "sitecustomize.py").write_text(
-            "import atexit, os\nif 'RANK' in os.environ:\n    atexit.register(print, 'Python came to its end')\n",
+            "import atexit, os\nif 'RANK' in os.environ:\n    atexit.register(print, 'Python was finalized')\n",
             encoding="utf-8",
         )
         torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
@@ -219,9 +223,9 @@ class TestStarting:
             PYTHONPATH=str(tmp_path),
         )
         assert done.err.count("train_aug.tsv: not found") == 1
-        assert "Python came to its end" not in done.out
+        assert "Python was finalized" not in done.out
 
-    def test_a_port_in_use_is_told(self, tmp_path: Path) -> None:
+    def test_a_port_in_use_is_an_error(self, tmp_path: Path) -> None:
         place = Golden("sst2_small").workplace(tmp_path)
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
@@ -231,11 +235,11 @@ class TestStarting:
 
 
 def check_two_process_logs(place: Workplace) -> None:
-    """With two processes: one line a step, examples counted once, the schedule as long as the steps taken."""
+    """Check that two processes log one line per step, count examples once, and schedule the steps that are taken."""
     steps = place.events("train")
     per_epoch = -(-8 // BATCH)
     assert [event["step"] for event in steps] == list(range(1, 3 * per_epoch + 1))
-    # Trap 5: the rate rises over a tenth of the steps really taken and ends one step above 0.
+    # Trap 5: the rate rises over a tenth of the steps that are taken and ends one step above 0.
     rates = [event["learning_rate"] / 5e-5 for event in steps]
     total = len(steps)
     progress = np.arange(total) / total
@@ -244,8 +248,10 @@ def check_two_process_logs(place: Workplace) -> None:
     # Trap 16: FPS counts each example once, not once for each process.
     (end,) = place.events("end")
     assert end["fps_examples"] == 3 * 8
-    # Trap 14: the evaluation that two processes share sees every example once, with its own label.
-    (evaluation,) = place.events("eval")
+    # Trap 14: an evaluation by two processes has every example once, with its own label.
+    evaluations = place.events("eval")
+    assert [event["step"] for event in evaluations] == [per_epoch, 2 * per_epoch, 3 * per_epoch]
+    evaluation = max(evaluations, key=lambda event: event["acc"])  # the first of the best, whose model was saved
     place.run(
         do_eval=True, student_model=place.folder / "spawned", padding="longest", output_dir=place.folder / "alone"
     )
@@ -276,7 +282,7 @@ def start(flags: list[str], cwd: Path) -> subprocess.Popen[str]:
 
 
 def children_in_training(pid: int, place: Workplace, count: int) -> list[int]:
-    """The spawned processes' ids, in the order of their ranks, once the first step is logged."""
+    """Wait for the first logged step; return the ids of the spawned processes in the order of their ranks."""
     log, deadline = place.output / "metrics.jsonl", time.monotonic() + 120
     while time.monotonic() < deadline:
         if log.exists() and '"event": "train"' in log.read_text(encoding="utf-8"):
@@ -295,8 +301,8 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_devices_that_are_not_there(tmp_path: Path) -> None:
-    """--device gpu and npu on a machine without: one line each; auto finds the CPU."""
+def test_a_device_that_the_machine_lacks_is_an_error(tmp_path: Path) -> None:
+    """auto chooses the CPU there."""
     assert choose_device("auto") == "cpu"
     for name in ("gpu", "npu"):
         with pytest.raises(UserError, match=f"--device {name}: there is none here"):
@@ -304,8 +310,8 @@ def test_devices_that_are_not_there(tmp_path: Path) -> None:
     assert "--device gpu" in Golden("sst2_small").workplace(tmp_path).fails(device="gpu")
 
 
-def test_threads_are_shared_among_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each process gets its part of the cores and at least one thread; what the user set goes first."""
+def test_cores_are_shared_among_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each process has its share of the cores and at least one thread; OMP_NUM_THREADS has priority."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     cores = len(os.sched_getaffinity(0))
     assert share_cores(1) == cores
@@ -315,8 +321,8 @@ def test_threads_are_shared_among_processes(monkeypatch: pytest.MonkeyPatch) -> 
     assert share_cores(2) == 3
 
 
-def test_processes_draw_different_dropout() -> None:
-    """Trap 4: each process is seeded, by its rank; the same rank draws the same again."""
+def test_processes_have_different_dropout() -> None:
+    """Trap 4: each process is seeded by its rank; the same rank gives the same random numbers."""
 
     def draw(rank: int) -> torch.Tensor:
         seed_process(42, rank)
@@ -326,7 +332,7 @@ def test_processes_draw_different_dropout() -> None:
     assert not torch.equal(draw(0), draw(1))
 
 
-def test_together_passes_on_nothing_when_all_is_well() -> None:
+def test_raise_on_all_ranks_raises_only_errors_of_its_block() -> None:
     process = Process(torch.device("cpu"))
     with process.raise_on_all_ranks():
         pass

@@ -266,7 +266,9 @@ def unprivileged() -> Iterator[Workplace]:
 
 
 def test_read_only_results_are_refused_before_the_model_runs(unprivileged: Workplace) -> None:
-    assert "eval_results.txt: cannot be written" in unprivileged.fails(do_eval=True)
+    line = unprivileged.fails(do_eval=True)
+    assert "eval_results.txt: " in line
+    assert "cannot be written" in line
 
 
 @pytest.mark.parametrize("task", ["CoLA", "mnli-mm", "sts-b", "wnli"])
@@ -287,7 +289,7 @@ def test_no_cuda_chooses_the_cpu(place: Workplace, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert device.choose_device("auto") != "cpu"
     for flags in ({"device": None}, {"device": "auto"}, {"device": "cpu"}):
-        assert "SST-2 on cpu:" in place.run(**flags, no_cuda=True, overwrite_output_dir=True).out
+        assert "SST-2 on cpu in" in place.run(**flags, no_cuda=True, overwrite_output_dir=True).out
 
 
 def contents(folder: Path) -> dict[str, bytes]:

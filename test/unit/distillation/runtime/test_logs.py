@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cases import own_logging
+from disk_faults import no_file_beyond
 
 from distillation.runtime import logs
 from distillation.runtime.device import Process
@@ -130,6 +131,16 @@ def test_lines_are_written_at_once(tmp_path):
         log.record("train")
         assert (tmp_path / "run.txt").read_text(encoding="utf-8").endswith("FPS1.00 \n")
         assert (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").endswith("}\n")
+
+
+def test_a_full_disk_leaves_no_part_of_a_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with own_logging(), RunLog(tmp_path, "run", CPU) as log:
+        log.record("train", step=1)
+        before = path.read_bytes()
+        with no_file_beyond(len(before) + 10), pytest.raises(UserError, match=r"metrics\.jsonl: "):
+            log.record("train", step=2)
+        assert path.read_bytes() == before
 
 
 def test_only_the_main_process_writes(tmp_path):

@@ -19,6 +19,7 @@ from distillation.runtime.full_precision import Precision
 from distillation.teacher.cached_states import CachedStates, load_or_compute_states
 from distillation.teacher.query import TeacherQuery
 from transformer.configuration import BertConfig
+from transformer.errors import UserError
 from transformer.heads import TinyBertOutput
 
 CPU = torch.device("cpu")
@@ -88,6 +89,49 @@ def test_cached_values_are_equal_to_the_bit(tmp_path: Path, dtype: torch.dtype) 
                 real = state[row, : len(expected)].contiguous()
                 assert real.view(torch.uint8).equal(expected.contiguous().view(torch.uint8))
                 assert not state[row, len(expected) :].any()
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("scores", lambda values: np.roll(values, 1)),
+        ("hidden", lambda values: np.where(np.arange(len(values)) == len(values) - 1, np.float32(np.nan), values)),
+        ("hidden", lambda values: values.view(np.int32)),
+        ("hidden", lambda values: values[:-1]),
+        ("checksums", lambda values: values[::-1]),
+    ],
+)
+def test_an_entry_with_other_values_is_named_and_computed_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, change: Any
+) -> None:
+    teacher = BitPatterns(torch.float32, torch.float32)
+    query = query_of(teacher, tmp_path, Process(CPU))
+    load_or_compute_states(query, ((0, 2), (1,)))
+    (entry,) = (tmp_path / "teacher_states").iterdir()
+    expected = {file.name: file.read_bytes() for file in entry.iterdir()}
+    np.save(entry / f"{name}.npy", change(np.load(entry / f"{name}.npy")))
+    for computes in (True, False):
+        teacher.computed.clear()
+        load_or_compute_states(query, ((0, 2), (1,)))
+        assert bool(teacher.computed) is computes
+    assert caplog.text.count(str(entry)) == 1
+    assert {file.name: file.read_bytes() for file in entry.iterdir()} == expected
+
+
+def test_a_file_that_is_cut_during_a_run_is_one_line(tmp_path: Path) -> None:
+    """Reading the lost part would kill the process. A file that is removed to make room stays readable."""
+    query = query_of(BitPatterns(torch.float32, torch.float32), tmp_path, Process(CPU))
+    states = load_or_compute_states(query, ((0,), (1,)))
+    assert states is not None
+    (path,) = tmp_path.glob("teacher_states/*/hidden.npy")
+    path.rename(tmp_path / "removed.npy")
+    batch = query.collator.collate(query.features, np.arange(8))
+    assert states.add_to(batch).teacher_states is not None
+    (tmp_path / "removed.npy").rename(path)
+    with path.open("rb+") as file:
+        file.truncate(200)
+    with pytest.raises(UserError, match=str(path)):
+        states.add_to(batch)
 
 
 def compute(rank: int, folder: str, machines: list[int]) -> None:

@@ -32,27 +32,22 @@ from distillation.teacher.query import TeacherQuery
 from distillation.teacher.teacher import Teacher
 from transformer.heads import TinyBertForSequenceClassification
 
-SHORT = {
-    "padding": "longest",
-    "num_train_epochs": 2,
-    "learning_rate": 1e-3,
-    "train_batch_size": 3,
-    "eval_batch_size": 3,
-}
+BATCHES = {"train_batch_size": 3, "eval_batch_size": 3}
+SHORT = {"padding": "longest", "num_train_epochs": 2, "learning_rate": 1e-3, **BATCHES}
 
 
 @pytest.fixture
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of examples of each batch that the teacher computed states of."""
+    """Return the number of examples of each batch for which the teacher computes states."""
     seen: list[int] = []
     forward = TinyBertForSequenceClassification.forward
 
-    def noted(self: Any, input_ids: Tensor, *inputs: Tensor, **wanted: Any) -> Any:
+    def recorded(self: Any, input_ids: Tensor, *inputs: Tensor, **wanted: Any) -> Any:
         if not wanted.get("is_student") and not wanted.get("with_logits", True):
             seen.append(len(input_ids))
         return forward(self, input_ids, *inputs, **wanted)
 
-    monkeypatch.setattr(TinyBertForSequenceClassification, "forward", noted)
+    monkeypatch.setattr(TinyBertForSequenceClassification, "forward", recorded)
     return seen
 
 
@@ -71,7 +66,7 @@ def log_of(place: Workplace) -> str:
 
 
 def entries(place: Workplace) -> list[Path]:
-    """The cache's folders of states, unfinished ones included."""
+    """Return the cache's folders of states, also incomplete ones."""
     return sorted((place.folder / "cache/teacher_states").glob("*"))
 
 
@@ -103,20 +98,22 @@ def assert_close_weights(actual: dict[str, Tensor], expected: dict[str, Tensor])
     ],
     ids=str,
 )
-def test_cached_states_train_the_same_student(sst2: Workplace, batches: list[int], changes: dict[str, Any]) -> None:
+def test_cached_states_give_the_weights_of_a_live_teacher(
+    sst2: Workplace, batches: list[int], changes: dict[str, Any]
+) -> None:
     live = weights_of_run(sst2, "live", **changes, cache_teacher_states=False)
     steps = 2 * 3 * changes.get("gradient_accumulation_steps", 1)
     assert len(batches) == steps
     batches.clear()
     cached = weights_of_run(sst2, "once", **changes)
-    assert batches == [1, 3, 3, 2]  # the first one shows the types
+    assert batches == [1, 3, 3, 2]  # the first batch shows the types
     assert_close_weights(cached, live)
     batches.clear()
     assert_same_weights(weights_of_run(sst2, "again", **changes), cached)
     assert batches == []
 
 
-def test_cached_states_of_pairs_train_the_same_student(mnli: Workplace) -> None:
+def test_cached_states_of_pairs_give_the_weights_of_a_live_teacher(mnli: Workplace) -> None:
     live = weights_of_run(mnli, "live", cache_teacher_states=False, group_by_length=True)
     assert_close_weights(weights_of_run(mnli, "once", group_by_length=True), live)
 
@@ -127,10 +124,11 @@ def test_cached_states_of_pairs_train_the_same_student(mnli: Workplace) -> None:
         {"seed": 1, "train_batch_size": 5},
         {"num_train_epochs": 0.5, "workers": 2},
         {"group_by_length": True, "gradient_accumulation_steps": 3},
+        {"layer_map": "6,2,4"},  # the same layers in another order
     ],
     ids=str,
 )
-def test_another_run_on_the_same_data_reads_them_from_the_cache(
+def test_another_run_on_the_same_data_reads_the_cached_states(
     sst2: Workplace, batches: list[int], changes: dict[str, Any]
 ) -> None:
     weights_of_run(sst2, "first")
@@ -139,13 +137,6 @@ def test_another_run_on_the_same_data_reads_them_from_the_cache(
     assert batches == []
     assert "the teacher's states of 8 examples were cached by an earlier run" in log_of(sst2)
     assert_close_weights(found, weights_of_run(sst2, "live", **changes, cache_teacher_states=False))
-
-
-def test_layers_in_another_order_have_the_same_cache_entry(sst2: Workplace, batches: list[int]) -> None:
-    weights_of_run(sst2, "first", layer_map="1,3,6")
-    batches.clear()
-    weights_of_run(sst2, "second", layer_map="6,1,3")
-    assert batches == []
 
 
 @pytest.mark.parametrize(
@@ -179,6 +170,7 @@ def test_the_size_of_the_states_is_logged_before_they_are_computed(sst2: Workpla
     assert {name: array.shape for name, array in arrays.items()} == {
         "hidden": (4 * 48 * lengths.sum(),),
         "scores": (3 * 4 * (lengths**2).sum(),),
+        "checksums": (2 * len(lengths),),
     }
     size = sum(array.nbytes for array in arrays.values()) / 1e9
     log = log_of(sst2)
@@ -299,7 +291,7 @@ def test_a_killed_run_leaves_no_entry_that_another_would_use(sst2: Workplace) ->
     assert begun.name.startswith("making-")
     assert_close_weights(weights_of_run(sst2, "once"), live)
     (entry,) = entries(sst2)
-    assert len(entry.name) == 32  # and the unfinished one is gone
+    assert len(entry.name) == 32  # the incomplete one is removed
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -326,7 +318,7 @@ def test_two_processes_write_and_read_the_entry_of_one(sst2: Workplace, batches:
 
 
 def process_with_less_room(rank: int, store: str, arguments: list[str]) -> None:
-    """One of two processes; the second may write no file of more than 4 kB."""
+    """Train as one of two processes; the second can write no file of more than 4 kB."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     if rank:
@@ -336,7 +328,7 @@ def process_with_less_room(rank: int, store: str, arguments: list[str]) -> None:
     os._exit(0)
 
 
-def test_if_one_process_cannot_write_all_train_without(sst2: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_process_caches_states_if_one_cannot_write(sst2: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     live = weights_of_run(sst2, "live", cache_teacher_states=False)
     arguments = sst2.flags(**flags(sst2, "once"))
@@ -352,7 +344,7 @@ def test_if_one_process_cannot_write_all_train_without(sst2: Workplace, monkeypa
     assert entries(sst2) == []
 
 
-def test_padding_to_the_maximum_is_refused(sst2: Workplace) -> None:
+def test_padding_max_length_and_no_teacher_cache_are_refused(sst2: Workplace) -> None:
     assert "--padding max_length" in sst2.fails(cache_teacher_states=True)
     message = sst2.fails(**flags(sst2, "model", no_teacher_cache=True))
     assert "--cache_teacher_states and --no_teacher_cache: give one of them" in message
@@ -369,7 +361,7 @@ def test_the_flag_has_no_effect_in_other_stages(sst2: Workplace, stage: dict[str
 
 
 def test_cached_states_are_those_of_each_example_alone(sst2: Workplace) -> None:
-    """Whatever the order of the batch; padding is 0."""
+    """For any order of the batch; the states of padding are 0."""
     teacher = TinyBertForSequenceClassification.from_pretrained(sst2.teacher).eval()
     golden, options = Golden("sst2_small"), parse_options(sst2.flags(**flags(sst2, "model")), main.ENTRY)
     ids, segments, mask = (tensor.numpy() for tensor in golden.inputs())

@@ -1,4 +1,4 @@
-"""The losses: the original's figures, plain loops over examples, and sums over any partition of a step."""
+"""The losses equal the original's figures and plain loops over examples, and add up over any partition of a step."""
 
 import itertools
 
@@ -34,7 +34,7 @@ def random(*shape: int, seed: int) -> torch.Tensor:
 
 
 def scores(seed: int) -> list[torch.Tensor]:
-    """Two layers' attention scores, masked keys about -10000 as a model gives them out."""
+    """Return attention scores of two layers, about -10000 for masked keys, as a model returns them."""
     masked = (1 - MASK)[:, None, None, :] * -10000.0
     return [random(len(LENGTHS), HEADS, WIDTH, WIDTH, seed=seed + layer) + masked for layer in range(2)]
 
@@ -50,7 +50,7 @@ LABELS = torch.tensor([0, 2, 1, 1, 0])
 
 
 def losses_of(part: slice, padded: bool) -> dict[str, torch.Tensor]:
-    """Every loss of some of the examples, in terms of the whole step."""
+    """Return every loss of some of the examples, with the denominators of the whole step."""
     mask, whole = MASK[part], denominators(padded)
     tokens = all_tokens(mask) if padded else mask
     return {
@@ -65,7 +65,7 @@ def losses_of(part: slice, padded: bool) -> dict[str, torch.Tensor]:
     }
 
 
-def test_the_golden_losses_before_the_first_step(golden):
+def test_the_losses_before_the_first_step_equal_the_originals(golden):
     rows, width = golden.inputs()[0].shape
     mask, whole = golden.inputs()[2], LossDenominators(rows, rows * width, rows * width**2)
     count, depth = golden.case["student"]["num_hidden_layers"], golden.case["teacher"]["num_hidden_layers"]
@@ -85,8 +85,8 @@ def test_the_golden_losses_before_the_first_step(golden):
         assert_close(loss, golden.figures[f"pred_loss_T{temperature}"], rtol=1e-5)
 
 
-def test_means_run_over_real_tokens_alone():
-    """Trap 13: a loop over the examples, each without its padding."""
+def test_losses_are_means_over_real_tokens():
+    """Trap 13: compared with a loop over the examples, each without its padding."""
     attention = hidden = 0.0
     for ours, theirs in zip(STUDENT_SCORES, TEACHER_SCORES, strict=True):
         errors = [
@@ -107,8 +107,8 @@ def test_means_run_over_real_tokens_alone():
     assert_close(whole["hidden"].item(), hidden, rtol=1e-5)
 
 
-def test_what_padding_holds_does_not_matter():
-    """Trap 13: neither in the loss nor in its gradient."""
+def test_values_of_padding_change_neither_losses_nor_gradients():
+    """Trap 13."""
     before = losses_of(slice(None), padded=False)
     padding = (1 - MASK)[:, :, None] * 77.0
     queries_and_keys = (1 - MASK[:, None, :, None] * MASK[:, None, None, :]) * 77.0
@@ -125,7 +125,7 @@ def test_what_padding_holds_does_not_matter():
         assert not layer.grad[(queries_and_keys > 0).expand_as(layer)].any()
 
 
-def test_the_original_counts_padding_but_no_masked_key():
+def test_with_max_length_padding_counts_and_masked_keys_are_zero():
     whole = losses_of(slice(None), padded=True)
     attention = hidden = 0.0
     for ours, theirs in zip(STUDENT_SCORES, TEACHER_SCORES, strict=True):
@@ -155,18 +155,18 @@ def test_the_label_loss_is_the_mean_cross_entropy():
 
 @pytest.mark.parametrize("padded", [False, True], ids=["longest", "max_length"])
 @pytest.mark.parametrize("cuts", [(1,), (2, 3), (1, 2, 3, 4), (0, 5), (3, 3)], ids=str)
-def test_the_parts_of_a_step_add_up_to_the_whole(cuts, padded):
-    """Whatever the partition, empty parts too: that is why accumulation and processes change nothing."""
+def test_losses_of_the_pieces_of_a_step_add_up_to_the_whole(cuts, padded):
+    """For any partition, with empty pieces too: so accumulation and processes do not change a step."""
     edges = (0, *cuts, len(LENGTHS))
     whole = losses_of(slice(None), padded)
-    parts = [losses_of(slice(first, last), padded) for first, last in itertools.pairwise(edges)]
+    pieces = [losses_of(slice(first, last), padded) for first, last in itertools.pairwise(edges)]
     for name, loss in whole.items():
-        assert_close(sum(part[name].item() for part in parts), loss.item(), rtol=1e-6)
+        assert_close(sum(piece[name].item() for piece in pieces), loss.item(), rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_losses_are_computed_in_fp32(dtype):
-    """The square of a masked score, 1e8, is beyond fp16; so is a sum over many tokens."""
+    """fp16 can hold neither the square of a masked score, 1e8, nor a sum over many tokens."""
     big = [torch.full((1, 1, 40, 40), 200.0, dtype=dtype)], [torch.full((1, 1, 40, 40), -100.0, dtype=dtype)]
     mask = torch.ones(1, 40)
     assert attention_loss(*big, mask, mask, LossDenominators(1, 40, 1600)).item() == 300.0**2
@@ -182,12 +182,12 @@ def test_losses_are_computed_in_fp32(dtype):
     ("student", "teacher", "expected"),
     [(4, 12, (3, 6, 9, 12)), (3, 6, (2, 4, 6)), (6, 12, (2, 4, 6, 8, 10, 12)), (1, 5, (5,)), (2, 2, (1, 2))],
 )
-def test_the_uniform_map(student, teacher, expected):
+def test_the_uniform_layer_map_has_equal_distances_and_ends_with_the_last_layer(student, teacher, expected):
     assert uniform_layer_map(student, teacher) == expected
 
 
 @pytest.mark.parametrize(("student", "teacher"), [(4, 6), (5, 12), (3, 2)])
-def test_a_depth_that_is_no_multiple_is_refused(student, teacher):
+def test_a_teacher_depth_that_is_no_multiple_is_refused(student, teacher):
     with pytest.raises(UserError, match=f"the teacher has {teacher} layers and the student {student}: "):
         uniform_layer_map(student, teacher)
 
