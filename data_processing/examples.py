@@ -40,9 +40,9 @@ def read_examples(path: Path, task: Task) -> Examples:
     """Read a train or dev file of a task.
 
     Raises:
-        UserError: the file is missing or has no rows, a column is missing, a row has too few columns, a label is
-            not one of the task's, or a score is not a number; the message names the file and the row (the first line
-            of the file is row 1).
+        UserError: the file is missing or has no rows, a column is missing, a row has too few or too many columns, a
+            label is not one of the task's, or a score is not a number; the message names the file and the row (the
+            first line of the file is row 1).
     """
     table = open_table(path, task.form, task.has_header)
     columns = _labelled_columns(table, task)
@@ -85,7 +85,7 @@ class Row(NamedTuple):
 class TextRows:
     """Iterate over the rows of a task's training file, and format them with other texts.
 
-    The file is read anew by each iteration and never held in memory. All other columns, and bytes that are not
+    The file is read again by each iteration and never held in memory. All other columns, and bytes that are not
     UTF-8, stay as they are. `head` is the formatted row of column names, empty if the file has none.
 
     Raises:
@@ -154,6 +154,7 @@ def _rows(
                 f"{table.path}, row {line}: has {len(row)} column{'s' if len(row) != 1 else ''}, {task.name} needs "
                 f"at least {_fewest_cells(columns)}" + (", split by tabs" if task.form == "tsv" else "")
             )
+        _check_width(table, line, row, columns)
         count += 1
         yield line, row, cells
     if short and not table.keeps_bytes:  # augmentation reads a file several times
@@ -161,6 +162,25 @@ def _rows(
         logger.warning("%s: %d rows with fewer than %d columns were left out", table.path, short, fewest)
     if not count:
         raise UserError(f"{table.path}: holds no examples")
+
+
+def _check_width(table: Table, line: int, row: Any, columns: tuple[Any, ...]) -> None:
+    """Check that a row has no cell beyond the column names, as after a comma in a text without quotation marks.
+
+    Where a column is counted from the end, as in MNLI, rows may have any number of cells.
+
+    Raises:
+        UserError: it has one that is not empty (spreadsheets write empty ones).
+    """
+    if table.names is None or not any(row[len(table.names) :]) or min(columns) < 0:
+        return
+    separator, advice = "tab", "remove tabs within texts"
+    if table.form == "csv":
+        separator, advice = "comma", "put texts with commas in quotation marks"
+    raise UserError(
+        f"{table.path}, row {line}: has {len(row)} columns, the row of names has {len(table.names)}; is there a "
+        f"{separator} in a text? Then {advice}"
+    )
 
 
 @lru_cache(maxsize=1024)

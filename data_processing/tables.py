@@ -25,15 +25,17 @@ logger = logging.getLogger(__name__)
 
 FORMS = ("tsv", "csv", "jsonl")
 ENCODING = ("utf-8", "surrogateescape")  # of files and of formatted rows: bytes that are not UTF-8 come back unchanged
+_UTF16 = re.compile("\udcff\udcfe|\udcfe\udcff|(\0[^\0]){3}|([^\0]\0){3}")  # a byte order mark or ASCII, read as UTF-8
 _SURROGATES = re.compile("[\ud800-\udfff]")  # half characters, which JSON can escape and no encoding can write
 _UNWRITABLE = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # those among them that do not stand for an escaped byte
 
 
 @dataclass(frozen=True)
 class Table:
-    """A file's rows, which each iteration reads anew.
+    """A file's rows, which each iteration reads again.
 
     names: the column names; None if the file has no row of names, and in JSON lines, whose objects have keys.
+    keeps_empty: whether an empty line is a row with an empty cell, as in a file of one column.
     keeps_bytes: whether cells hold bytes that are not UTF-8 as surrogates, so that `format_row` can write them back;
         otherwise such bytes become U+FFFD.
     """
@@ -42,6 +44,7 @@ class Table:
     form: str
     names: list[str] | None
     keeps_bytes: bool = False
+    keeps_empty: bool = False
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         """Yield each row below the names: the line it begins on, counted from 1, and its cells or JSON object.
@@ -51,7 +54,7 @@ class Table:
         Raises:
             UserError: the file cannot be read, or is not of this form.
         """
-        rows = _rows(self.path, self.form, self.keeps_bytes)
+        rows = _rows(self.path, self.form, self.keeps_bytes, keeps_empty=self.keeps_empty)
         if self.names is not None:
             next(rows, None)
         return rows
@@ -99,7 +102,8 @@ def open_table(path: Path, form: str = "tsv", has_header: bool = True, keeps_byt
     Args:
         path: the file.
         form: `tsv`: cells are split at tabs, quotation marks have no meaning, empty lines at the end are not rows.
-            `csv`: cells may be quoted, empty lines are not rows. `jsonl`: one object per line.
+            `csv`: cells may be quoted, empty lines are not rows. `jsonl`: one object per line. In a file of one column
+            each empty line is a row with an empty text.
         has_header: whether the first row of a tsv or csv file holds the column names.
         keeps_bytes: see `Table`.
 
@@ -109,25 +113,32 @@ def open_table(path: Path, form: str = "tsv", has_header: bool = True, keeps_byt
     first = next(_rows(path, form, keeps_bytes, warns=False), None)
     if first is None:
         raise UserError(f"{path}: holds no examples")
-    return Table(path, form, first[1] if has_header and form != "jsonl" else None, keeps_bytes)
+    names = first[1] if has_header and form != "jsonl" else None
+    return Table(path, form, names, keeps_bytes, keeps_empty=form != "jsonl" and len(first[1]) == 1)
 
 
-def _rows(path: Path, form: str, keeps_bytes: bool, warns: bool = True) -> Iterator[tuple[int, Any]]:
-    lines = _lines(path, keeps_bytes, warns)
+def _rows(
+    path: Path, form: str, keeps_bytes: bool, warns: bool = True, keeps_empty: bool = False
+) -> Iterator[tuple[int, Any]]:
+    lines = _lines(path, keeps_bytes, warns, keeps_empty)
     if form == "jsonl":
         return _json_rows(path, lines)
     if form == "csv":
-        return _csv_rows(path, lines)
+        return _csv_rows(path, lines, keeps_empty)
     return ((number, line.split("\t")) for number, line in lines)
 
 
-def _lines(path: Path, keeps_bytes: bool, warns: bool) -> Iterator[tuple[int, str]]:
-    """Yield the lines without their ends and their numbers, up to the last line that is not empty."""
-    broken = empty = 0
+def _lines(path: Path, keeps_bytes: bool, warns: bool, keeps_empty: bool) -> Iterator[tuple[int, str]]:
+    """Yield the lines without their ends and their numbers; without `keeps_empty`, up to the last that is not empty."""
+    broken = empty = number = 0
     try:
+        if not (path.is_file() or path.is_dir()) and path.exists():
+            raise UserError(f"{path}: is not a regular file")  # a pipe or a device may have no end
         with path.open(encoding="utf-8-sig", errors=ENCODING[1]) as file:
             for number, line in enumerate(file, start=1):
                 line = line.rstrip("\n")
+                if number == 1 and _UTF16.match(line):
+                    raise UserError(f"{path}: is UTF-16; save it as UTF-8")
                 if not line:
                     empty += 1
                     continue
@@ -137,6 +148,8 @@ def _lines(path: Path, keeps_bytes: bool, warns: bool) -> Iterator[tuple[int, st
                     line = line.encode(*ENCODING).decode("utf-8", errors="replace")
                     broken += 1
                 yield number, line
+        if keeps_empty:
+            yield from ((number - empty + n, "") for n in range(1, empty + 1))
     except FileNotFoundError:
         raise UserError(f"{path}: not found") from None
     except OSError as error:
@@ -145,14 +158,14 @@ def _lines(path: Path, keeps_bytes: bool, warns: bool) -> Iterator[tuple[int, st
         logger.warning("%s: %d rows are not UTF-8; their unreadable bytes became U+FFFD", path, broken)
 
 
-def _csv_rows(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, list[str]]]:
+def _csv_rows(path: Path, lines: Iterator[tuple[int, str]], keeps_empty: bool) -> Iterator[tuple[int, list[str]]]:
     csv.field_size_limit(sys.maxsize)  # a long text is not a mistake
     reader = csv.reader((f"{line}\n" for _, line in lines), strict=True)
     number = 1
     try:
         for row in reader:
-            if row:
-                yield number, row
+            if row or keeps_empty:
+                yield number, row or [""]
             number = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f"{path}, row {number}: is not valid CSV ({error})") from None
@@ -162,6 +175,8 @@ def _json_rows(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[tuple[i
     for number, line in lines:
         if not line.strip():
             continue
+        if number == 1 and line.lstrip().startswith("["):
+            raise UserError(f"{path}: is a JSON array; expected JSON lines, one object on each line")
         try:
             values = json.loads(line)
         except (ValueError, RecursionError):

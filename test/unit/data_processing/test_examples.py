@@ -48,7 +48,7 @@ def test_the_label_of_mnli_is_the_last_column(tmp_path):
         (SST2, ["a film\t1", "a bore"], ", row 3: has 1 column, SST-2 needs at least 2, split by tabs"),
         (SST2, ["a film\t1", "", "a bore\t0"], ", row 3: has 1 column"),
         (SST2, ["a film\t1", "a bore\t2"], ", row 3: the label is '2', expected one of 0, 1 in column 2"),
-        (SST2, ["a film\ta tab\t1"], ", row 2: the label is 'a tab'"),
+        (SST2, ["a film\ta tab\t1"], ", row 2: has 3 columns, the row of names has 2; is there a tab in a text?"),
         (SST2, ["a film\t" + "y" * 10_000], f", row 2: the label is '{'y' * 60}…', expected one of"),
         (MNLI, ["x\t" * 9 + "x"], ", row 2: has 10 columns, MNLI needs at least 11"),
         (MNLI, ["x\t" * 11 + "-"], ", row 2: the label is '-'"),
@@ -137,3 +137,22 @@ def test_a_row_is_formatted_with_other_texts(tmp_path, form, content, expected):
     rows = TextRows(path, task(form=form, skips_short_rows=True, **columns))
     formatted = [rows.format_row(row, texts) for row in rows for texts in (("new",), row.texts)]
     assert (rows.head + "".join(formatted)).encode(*ENCODING) == expected
+
+
+def test_a_comma_without_quotation_marks_is_refused_by_row(tmp_path):
+    """The text would be cut at it."""
+    path = written(tmp_path, "label,text", "b,fine", "b,not bad, in fact one of the best", name="file.csv")
+    of = task(form="csv", text_columns=("text",), label_column="label")
+    for read in (read_examples, lambda path, of: list(TextRows(path, of)), read_unlabelled):
+        assert refusal(read, path, of).startswith(", row 3: has 3 columns, the row of names has 2; is there a comma")
+
+
+def test_empty_cells_beyond_the_names_are_a_spreadsheets(tmp_path):
+    path = written(tmp_path, "text,label", "fine,b,,", "dull,a", name="file.csv")
+    assert read_examples(path, task(form="csv")).labels.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("form", ["tsv", "csv"])
+def test_a_test_file_of_one_column_has_a_row_for_each_line(tmp_path, form):
+    path = written(tmp_path, "text", "fine", "", "dull", "", name=f"file.{form}")
+    assert read_unlabelled(path, task(form=form)).texts == (["fine", "", "dull", ""],)

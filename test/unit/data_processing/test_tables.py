@@ -3,6 +3,8 @@
 import csv
 import json
 import logging
+import os
+from pathlib import Path
 
 import pytest
 
@@ -136,6 +138,34 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         open_table(path)
     with pytest.raises(UserError, match=r"cannot be read \(File name too long\)$"):
         open_table(tmp_path / ("x" * 10_000))
+
+
+@pytest.mark.parametrize("form", ["tsv", "csv"])
+@pytest.mark.parametrize("has_header", [True, False])
+def test_in_a_file_of_one_column_empty_lines_are_rows(opened, form, has_header):
+    table = opened(b"sentence\nfine\n\nbad\n\n", form, has_header)
+    assert [row for _, row in table][-4:] == [["fine"], [""], ["bad"], [""]]
+    assert [number for number, _ in table][-4:] == [2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_utf16_is_named(refusal, form, encoding):
+    assert "UTF-16" in refusal("text\tlabel\nfine\t1\n".encode(encoding), form)
+
+
+@pytest.mark.parametrize("content", [b'[{"text": "fine"}]', b'[\n  {"text": "fine"}\n]\n'])
+def test_a_json_array_is_named(refusal, content):
+    assert "JSON array" in refusal(content, "jsonl")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_pipes_and_devices_are_refused(tmp_path, form):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for path in (pipe, Path("/dev/zero")):
+        with pytest.raises(UserError, match="is not a regular file"):
+            open_table(path, form)
 
 
 def test_tsv_has_no_quotation_and_keeps_spaces_and_empty_cells(opened):
