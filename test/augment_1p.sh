@@ -10,12 +10,12 @@
 #   OVERWRITE_OUTPUT_FILE=1          replace train_aug.tsv
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
-source test/env_npu_1p.sh
+source "${root}test/env_npu_1p.sh"
 
 switches=(--seed "${SEED:-42}")
 if [ "${DO_LOWER_CASE:-1}" != 0 ]; then switches+=(--do_lower_case); fi
-if [ -n "${GLOVE_EMBS-glove.6B.300d.txt}" ]; then
-    switches+=(--glove_embs "${GLOVE_EMBS-glove.6B.300d.txt}")
+if [ -n "${GLOVE_EMBS-${root}glove.6B.300d.txt}" ]; then
+    switches+=(--glove_embs "${GLOVE_EMBS-${root}glove.6B.300d.txt}")
 else
     switches+=(--no_glove)
 fi
@@ -25,10 +25,10 @@ if [ -n "${RELABEL_BY:-}" ]; then switches+=(--relabel teacher --teacher_model "
 if [ "${RESUME:-0}" != 0 ]; then switches+=(--resume); fi
 if [ "${OVERWRITE_OUTPUT_FILE:-0}" != 0 ]; then switches+=(--overwrite_output_file); fi
 
-"$PYTHON" data_processing/data_augmentation.py \
+"$PYTHON" "${root}data_processing/data_augmentation.py" \
     --task_name "${TASK_NAME:-SST-2}" \
-    --data_dir "${DATA_DIR:-glue_dir/SST-2}" \
-    --pretrained_bert_model "${BERT_MODEL:-bert_base_uncased}" \
+    --data_dir "${DATA_DIR:-${root}glue_dir/SST-2}" \
+    --pretrained_bert_model "${BERT_MODEL:-${root}bert_base_uncased}" \
     --M "${M:-15}" --p "${P:-0.4}" \
     --mlm_context "${MLM_CONTEXT:-original}" \
     --device "${DEVICE:-auto}" --device_list "${DEVICE_LIST:-0}" \

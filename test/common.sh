@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sourced by the scripts in test/: changes to the repository's root and reads their common settings.
-# Paths in variables and flags are relative to the root.
+# Sourced by the scripts in test/, which run from any folder: finds the repository and reads their common settings.
+# Relative paths in variables and flags are relative to the current folder; default folders are in the repository's root.
 #
 #   PYTHON                  interpreter (default: .venv/bin/python if it exists, otherwise python3)
 #   DO_LOWER_CASE=0         for a cased model
@@ -9,11 +9,14 @@
 #   SEED=42
 #
 # The other settings, with their defaults, are in each script's command. Flags after the script's name override them.
-cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+
+# What paths in the repository begin with: nothing in its root, elsewhere the root's path and a slash.
+root="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)/"
+if [ "$root" -ef . ]; then root=""; fi
 
 if [ -z "${PYTHON:-}" ]; then
     PYTHON=python3
-    if [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; fi
+    if [ -x "${root}.venv/bin/python" ]; then PYTHON="${root}.venv/bin/python"; fi
 fi
 
 switches=(--seed "${SEED:-42}")

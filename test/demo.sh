@@ -4,7 +4,7 @@
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 
-flags=(--model "${STUDENT_MODEL:-TinyBERT_dir}" --max_seq_length "${MAX_SEQ_LENGTH:-64}")
+flags=(--model "${STUDENT_MODEL:-${root}TinyBERT_dir}" --max_seq_length "${MAX_SEQ_LENGTH:-64}")
 if [ "${DO_LOWER_CASE:-1}" != 0 ]; then flags+=(--do_lower_case); fi
 
-"$PYTHON" test/demo.py "${flags[@]}" "$@"
+"$PYTHON" "${root}test/demo.py" "${flags[@]}" "$@"

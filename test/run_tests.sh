@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Installs the tests' requirements into .venv, then runs the linter, the type checker and the tests. Arguments go to
-# pytest:
+# pytest, paths relative to the repository's root:
 #     bash test/run_tests.sh -k tokenization
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 bash test/setup_env.sh requirements-dev.txt --no-deps requirements-quickstart.txt
 python=.venv/bin/python

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# Makes the virtual environment .venv if it is missing, and installs requirements files into it:
+# Makes the repository's virtual environment .venv if it is missing, and installs the repository's requirements files:
 #     bash test/setup_env.sh requirements.txt --no-deps requirements-quickstart.txt
 # --no-deps applies to the files after it. A file that is already installed and has not changed is skipped.
 # PYTHON is the interpreter for .venv (default: python3).
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 base="${PYTHON:-python3}"
+case "$base" in /*) ;; */*) base="$PWD/$base" ;; esac
+CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+
 log="$(mktemp)"
 trap 'rm -f "$log"' EXIT
 
@@ -37,6 +39,7 @@ for file in "$@"; do
         options=(--no-deps)
         continue
     fi
+    if [ ! -f "$file" ]; then fail "$file: no such file in $PWD"; fi
     stamp=".venv/installed-$file"
     wanted="$(cat requirements*.txt | cksum)" # all files, because one may include another
     if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then continue; fi

@@ -4,12 +4,12 @@
 # INTERMEDIATE_DIR and OUTPUT_DIR, not with --output_dir.
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
-source test/env_npu_1p.sh
+source "${root}test/env_npu_1p.sh"
 
-data_dir="${DATA_DIR:-glue_dir/MNLI}"
-teacher_model="${TEACHER_MODEL:-bert_base_uncased_ft_mnli}"
-intermediate_dir="${INTERMEDIATE_DIR:-tmp_tinybert_finetune}"
-output_dir="${OUTPUT_DIR:-TinyBERT_dir_finetune}"
+data_dir="${DATA_DIR:-${root}glue_dir/MNLI}"
+teacher_model="${TEACHER_MODEL:-${root}bert_base_uncased_ft_mnli}"
+intermediate_dir="${INTERMEDIATE_DIR:-${root}tmp_tinybert_finetune}"
+output_dir="${OUTPUT_DIR:-${root}TinyBERT_dir_finetune}"
 
 # Check the second stage's folder now, not hours later.
 if [ "${OVERWRITE_OUTPUT_DIR:-0}" = 0 ] && [ "${RESUME:-0}" = 0 ] && [ -n "$(ls -A "$output_dir" 2>/dev/null)" ]; then
@@ -17,14 +17,14 @@ if [ "${OVERWRITE_OUTPUT_DIR:-0}" = 0 ] && [ "${RESUME:-0}" = 0 ] && [ -n "$(ls 
     exit 2
 fi
 
-"$PYTHON" main.py \
+"$PYTHON" "${root}main.py" \
     --task_name MNLI \
     --transfer_learning \
     --data_dir "$data_dir" \
     --teacher_model "$teacher_model" \
-    --student_model "${STUDENT_MODEL:-general_tinybert}" \
+    --student_model "${STUDENT_MODEL:-${root}general_tinybert}" \
     --output_dir "$intermediate_dir" \
-    --fps_acc_dir "${FPS_ACC_DIR:-./output}" \
+    --fps_acc_dir "${FPS_ACC_DIR:-${root}output}" \
     --num_train_epochs "${EPOCHS:-10}" \
     --train_batch_size "${BATCH_SIZE:-32}" \
     --max_seq_length "${MAX_SEQ_LENGTH:-64}" \
@@ -32,7 +32,7 @@ fi
     --device "${DEVICE:-auto}" --device_list "${DEVICE_LIST:-0}" \
     "${switches[@]}" "$@"
 
-"$PYTHON" main.py \
+"$PYTHON" "${root}main.py" \
     --task_name MNLI \
     --transfer_learning \
     --pred_distill \
@@ -40,7 +40,7 @@ fi
     --teacher_model "$teacher_model" \
     --student_model "$intermediate_dir" \
     --output_dir "$output_dir" \
-    --fps_acc_dir "${FPS_ACC_DIR:-./output}" \
+    --fps_acc_dir "${FPS_ACC_DIR:-${root}output}" \
     --num_train_epochs "${PRED_EPOCHS:-3}" \
     --train_batch_size "${BATCH_SIZE:-32}" \
     --max_seq_length "${MAX_SEQ_LENGTH:-64}" \

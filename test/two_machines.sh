@@ -19,7 +19,7 @@ processes=()
 trap 'kill ${processes[@]+"${processes[@]}"} 2>/dev/null || true; ip netns del "$first" 2>/dev/null || true; ip netns del "$second" 2>/dev/null || true; rm -rf "$work"' EXIT
 
 if [ -z "${DATA_DIR:-}" ]; then
-    "$PYTHON" test/unit/tiny_case.py "$work/case"
+    "$PYTHON" "${root}test/unit/tiny_case.py" "$work/case"
 fi
 
 ip netns add "$first"
@@ -31,7 +31,7 @@ for machine in "$first" "$second"; do ip -n "$machine" link set lo up; done
 ip -n "$first" link set cable0 up
 ip -n "$second" link set cable1 up
 
-flags=(main.py
+flags=("${root}main.py"
     --task_name SST-2
     --data_dir "${DATA_DIR:-$work/case/data}"
     --teacher_model "${TEACHER_MODEL:-$work/case/teacher}"

@@ -66,30 +66,31 @@ def test_a_missing_package_is_one_line(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def table(log: Path, *rows: str, events: tuple[dict, ...] = ()) -> Run:
-    if events:
-        log.write_text("".join(json.dumps({"event": "eval", **event}) + "\n" for event in events), encoding="utf-8")
-    return cases.call(results_table.main, ["--log", str(log), *rows], "results_table.py")
+def table(folder: Path, *rows: str, **logs: tuple[dict, ...]) -> Run:
+    """Print the table of these rows; `logs` are the events of FOLDER/name/metrics.jsonl by name."""
+    for name, events in logs.items():
+        (folder / name).mkdir()
+        lines = [json.dumps({"event": "eval", **event}) for event in events]
+        (folder / name / "metrics.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return cases.call(
+        results_table.main, [f"{name}={folder / last}" for name, last in (row.rsplit("=", 1) for row in rows)]
+    )
 
 
 def test_the_table_has_the_last_evaluation_of_each_model(tmp_path):
-    teacher = {"model": "q/teacher", "file": "dev.tsv", "parameters": 22_713_986}
-    events = (
-        {**teacher, "acc": 0.1, "fps": 1.0},
-        {"step": 100, "acc": 0.2},
-        {**teacher, "acc": 0.8125, "fps": 151.7},
-        {"model": "q/student", "file": "dev.tsv", "parameters": 17_390_000, "acc": 0.8, "fps": 300.2},
-    )
-    done = table(tmp_path / "metrics.jsonl", "the teacher=q/teacher", "a=b=q/student", events=events)
+    model = {"model": "m", "file": "dev.tsv", "parameters": 22_713_986}
+    teacher = ({**model, "acc": 0.1, "fps": 1.0}, {"step": 100, "acc": 0.2}, {**model, "acc": 0.8125, "fps": 151.7})
+    student = ({**model, "parameters": 17_390_000, "acc": 0.8, "fps": 300.2},)
+    done = table(tmp_path, "the teacher=t", "a=b=s", t=teacher, s=student)
     assert (done.status, done.err) == (0, "")
     rows = [line.split() for line in done.out.splitlines() if line.startswith(("the teacher", "a=b"))]
     assert rows == [["the", "teacher", "22.7", "M", "81.2%", "152"], ["a=b", "17.4", "M", "80.0%", "300"]]
 
 
-def test_the_table_has_a_row_for_each_file_and_a_column_for_each_metric(tmp_path):
+def test_the_table_has_a_row_for_each_file(tmp_path):
     model = {"model": "m", "parameters": 1_000_000, "fps": 10.0, "eval_loss": 0.5}
     events = ({"file": "a.tsv", "acc": 0.5, "f1": 0.25, **model}, {"file": "b.tsv", "acc": 0.75, "f1": 0.125, **model})
-    done = table(tmp_path / "metrics.jsonl", "it=m", events=events)
+    done = table(tmp_path, "it=m", m=events)
     assert [line.split() for line in done.out.splitlines() if line] == [
         ["file", "parameters", "accuracy", "f1", "examples/s"],
         ["it", "a.tsv", "1.0", "M", "50.0%", "0.2500", "10"],
@@ -99,11 +100,11 @@ def test_the_table_has_a_row_for_each_file_and_a_column_for_each_metric(tmp_path
 
 @pytest.mark.parametrize("content", [None, "{", '{"event": "eval", "step": 1}\n'])
 def test_a_log_without_the_evaluation_is_one_line(tmp_path, content):
-    log = tmp_path / "metrics.jsonl"
     if content is not None:
-        log.write_text(content)
-    done = table(log, "the teacher=teacher")
+        (tmp_path / "metrics.jsonl").write_text(content)
+    done = table(tmp_path, "the teacher=.")
     assert (done.status, done.out, done.err.count("\n")) == (2, "", 1)
+    assert "metrics.jsonl" in done.err
 
 
 @pytest.mark.parametrize(("size", "fact"), [("tiny", "QUICKSTART_DIR"), ("huge", "default or tiny")])

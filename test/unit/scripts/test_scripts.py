@@ -222,9 +222,45 @@ def test_a_missing_file_is_one_line_and_nothing_is_written(sst2):
     assert sorted(sst2.folder.rglob("*")) == before
 
 
-def test_scripts_run_in_the_repositorys_root(tmp_path):
-    python = stand_in_python(tmp_path, "pwd")
-    assert script("train_eval_1p.sh", cwd=tmp_path, PYTHON=python) == Run(0, f"{ROOT}\n", "")
+RUN = [name for name in SCRIPTS if name.startswith(("train_", "augment", "demo"))]
+
+
+@pytest.mark.parametrize("name", RUN)
+@pytest.mark.parametrize("folder", ["test", "elsewhere"])
+def test_default_folders_are_in_the_root_from_any_folder(name, folder, tmp_path):
+    """Each argument that is a path of the repository from its root is the same path from another folder."""
+    python = stand_in_python(tmp_path, 'printf "%s\\n" "$@"')
+    (tmp_path / "elsewhere").mkdir()
+    cwd = {"test": TEST, "elsewhere": tmp_path / "elsewhere"}[folder]
+    at_root, elsewhere = (script(name, cwd=cwd, PYTHON=python) for cwd in (ROOT, cwd))
+    assert (elsewhere.status, elsewhere.err) == (0, "")
+    pairs = zip(at_root.out.splitlines(), elsewhere.out.splitlines(), strict=True)
+    assert all(there in (here, f"{ROOT}/{here}") for here, there in pairs)
+    assert elsewhere.out.count(f"{ROOT}/") >= 2
+    here = [
+        line for line in at_root.out.splitlines() if line.startswith(("glue_dir", "output", "TinyBERT_dir", "main.py"))
+    ]
+    assert here
+    assert not set(here) & set(elsewhere.out.splitlines())
+
+
+def test_paths_in_variables_and_flags_mean_the_current_folder(sst2):
+    folders = {"DATA_DIR": "data", "TEACHER_MODEL": "teacher", "STUDENT_MODEL": "./student", "FPS_ACC_DIR": "output"}
+    sizes = {"MAX_SEQ_LENGTH": sst2.max_seq_length, "BATCH_SIZE": 8, "DEVICE": "cpu", "AUG_TRAIN": 0}
+    flags = (*QUICK, "--output_dir", "model", "--cache_dir", "my cache")
+    done = script("train_full_1p_1.sh", *flags, cwd=sst2.folder, CDPATH="/", **folders, **sizes)
+    assert (done.status, done.err) == (0, "")
+    assert (sst2.model / "pytorch_model.bin").is_file()
+    assert (sst2.output / "train_full_1p_1.txt").is_file()
+    assert (sst2.folder / "my cache").is_dir()
+
+
+@pytest.mark.parametrize("name", ["quickstart.sh", "setup_env.sh"])
+def test_a_mistake_from_another_folder_is_one_line(tmp_path, name):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/file").write_text("")
+    done = script(name, "no such file", cwd=tmp_path, QUICKSTART_DIR="mine", PYTHON=sys.executable)
+    assert (done.status, done.out, done.err.count("\n")) == (2, "", 1)
 
 
 def sourced(name: str, **variables: object) -> Run:
